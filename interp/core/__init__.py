@@ -1,0 +1,1 @@
+"""The engine: sites, hooks, interventions, runs, and what everything above shares."""

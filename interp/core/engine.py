@@ -1,0 +1,453 @@
+"""One forward pass with hooks: which hooks a request needs, what each does, and when the forward may stop."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from interp.core.attention import CURRENT, LayerTap
+from interp.core.errors import HookError, ShapeError, SiteError, WhereError
+from interp.core.frame import Frame
+from interp.core.intervention import Intervention
+from interp.core.place import Place
+from interp.core.points import Atlas, Point
+from interp.core.site import KINDS, Site
+from interp.core.slicing import take
+from interp.core.views import linear_weight
+from interp.core.where import Where
+
+__all__ = ["Forward", "Plan", "Stop"]
+
+_RANK = {kind: i for i, kind in enumerate(KINDS)}
+_UNEDITED = Where()
+
+
+class Stop(BaseException):
+    """Ends a forward pass once everything asked for has been read; never leaves `Forward`."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run asks for: reads and edits by place, validated against the model.
+
+    Args:
+        reads: the sites to read, slices included, in the order asked.
+        writes: the edits with globs expanded, in list order.
+        points: where each place is.
+    """
+
+    reads: tuple[Site, ...]
+    writes: tuple[Intervention, ...]
+    points: tuple[Point, ...]
+
+    @staticmethod
+    def make(atlas: Atlas, read: Sequence[Any], write: Sequence[Any]) -> "Plan":
+        """Validate a request and find its places.
+
+        Raises:
+            SiteError: an unknown or absent site, or an edit at a site that can only be read.
+            ShapeError: something in `write` that is no edit.
+        """
+        reads: dict[Site, None] = {}
+        for name in _listed(read, "read"):
+            for site in atlas.expand(name):
+                reads.setdefault(site)
+        writes = []
+        for edit in _listed(write, "write"):
+            if isinstance(edit, tuple) and len(edit) == 2 and callable(edit[1]):
+                from interp.core.intervention import Edit
+
+                edit = Edit(*edit)
+            if not isinstance(edit, Intervention):
+                raise ShapeError(
+                    f"write=[…] takes edits such as interp.Add(site, vector) or (site, function), got {type(edit).__name__}"
+                )
+            for site in atlas.expand(edit.site):
+                point = atlas.point(site)
+                if point.read_only:
+                    raise SiteError(f"{site.short!r} of {atlas.map.family} can be read but not edited: {point.read_only}")
+                writes.append(replace(edit, site=site))
+        places = {s.key: atlas.point(s) for s in [*reads, *(w.site for w in writes)]}  # type: ignore[union-attr]
+        return Plan(tuple(reads), tuple(writes), tuple(places.values()))
+
+
+def _listed(value: Any, name: str) -> Sequence[Any]:
+    if value is None:
+        return ()
+    if isinstance(value, str | Site | Intervention):
+        return (value,)
+    if isinstance(value, Sequence):
+        return value
+    raise SiteError(f"{name}=… takes a list, got {type(value).__name__}")
+
+
+@dataclass
+class _Work:
+    """What one run does at one place."""
+
+    forward: "Forward"
+    point: Point
+    reads: list[Site]
+    edits: list[tuple[int, Intervention]]
+    fired: int = 0
+
+    @property
+    def edited(self) -> bool:
+        return bool(self.edits)
+
+    @property
+    def differentiated(self) -> bool:
+        return self.forward.differentiate
+
+    def visit(self, x: Tensor) -> Tensor:
+        """Make the edits in list order, then the reads; return the tensor that the model goes on with."""
+        site, forward = self.point.site, self.forward
+        for number, edit in self.edits:
+            x = forward.edit(number, edit, Place(site, forward.frame, edit.selection), x)
+        if forward.differentiate and self.reads:
+            x = forward.on_path(site, x)
+        for read in self.reads:
+            forward.keep(read, x)
+        self.fired += 1
+        forward.waiting.discard(site.key)
+        return x
+
+    @property
+    def touches(self) -> bool:
+        """Whether the module must get the tensor back."""
+        return self.edited or (self.forward.differentiate and bool(self.reads))
+
+
+@dataclass
+class Forward:
+    """One forward pass under way, or a series of them (generation, or whatever happens inside `hooked`).
+
+    Args:
+        plan: what is asked for.
+        frame: the tokens it looks at; replaced at every step of a generation.
+        stop: end the forward once all is read.
+        differentiate: keep full tensors on the autograd path, for gradients.
+        detach: reads are cut from the graph and copied.
+        to: device of the reads, or None to leave them.
+        embedding: the token embedding, where gradients start.
+    """
+
+    plan: Plan
+    frame: Frame
+    stop: bool = False
+    differentiate: bool = False
+    detach: bool = True
+    to: torch.device | None = None
+    embedding: nn.Module | None = None
+    results: dict[Site, list[Tensor]] = field(default_factory=dict)
+    path: dict[Site, Tensor] = field(default_factory=dict)
+    taps: dict[int, LayerTap] = field(default_factory=dict)
+    changed: list[Tensor | None] = field(default_factory=list)
+    selected: list[bool] = field(default_factory=list)
+    waiting: set[tuple[str, int | None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.changed = [None] * len(self.plan.writes)
+        self.selected = [False] * len(self.plan.writes)
+        work = {p.site.key: _Work(self, p, [], []) for p in self.plan.points}
+        for read in self.plan.reads:
+            work[read.key].reads.append(read)
+        for number, edit in enumerate(self.plan.writes):
+            work[edit.site.key].edits.append((number, edit))  # type: ignore[union-attr]
+        self.work = work
+
+    # -- at a site ----------------------------------------------------------------------------------------------
+
+    def edit(self, number: int, edit: Intervention, place: Place, x: Tensor) -> Tensor:
+        """Return x with one edit made where it selects; note whether it selected and changed anything."""
+        chosen = place.select(x)
+        if chosen is not None and not self._selects(place, x):
+            return x
+        self.selected[number] = True
+        try:
+            new = edit.edit(x, place)
+        except (ShapeError, SiteError, WhereError):
+            raise
+        except Exception as err:
+            err.add_note(f"raised inside {type(edit).__name__} at {place.site.short}, activation {tuple(x.shape)} {x.dtype}")
+            raise
+        _check_edit(edit, place.site, x, new)
+        if chosen is not None:
+            new = torch.where(chosen, new, x)
+        if edit.may_do_nothing:
+            return new
+        with torch.no_grad():
+            differs = (new != x).any()
+            seen = self.changed[number]
+            self.changed[number] = differs if seen is None else seen | differs.to(seen.device)
+        return new
+
+    def _selects(self, place: Place, x: Tensor) -> bool:
+        """Whether the selection holds anything in this forward; decided on the CPU."""
+        axis = place.site.axes.index("pos")
+        chosen = place.where.columns(self.frame)[:, place.columns(x.shape[axis])]
+        src = place.where.src_columns(self.frame)
+        return bool(chosen.any()) and (src is None or bool(src.any()))
+
+    def on_path(self, site: Site, x: Tensor) -> Tensor:
+        """Keep a full tensor that the rest of the forward depends on, so that a gradient reaches it."""
+        if not x.requires_grad:
+            x = x.detach().requires_grad_(True)
+        self.path[Site(site.short)] = x
+        return x
+
+    def keep(self, read: Site, x: Tensor) -> None:
+        """Take a read's slice and keep it."""
+        if self.differentiate:
+            self.results.setdefault(read, [x])  # sliced after the backward pass
+            return
+        part = take(x, read, self.frame)
+        if self.detach:
+            part = part.detach()
+            if self.to is not None and self.to != part.device:
+                part = _send(part, self.to)
+            elif part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+                part = part.clone()  # a read owns its memory: no alias that a later edit could change
+        self.results.setdefault(read, []).append(part)
+
+    # -- hooks --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator["Forward"]:
+        """Register this run's hooks, make it the thread's current run, and take everything off again, come what may."""
+        handles: list[Any] = []
+        token = CURRENT.set(self)
+        try:
+            if self.differentiate and self.embedding is not None:
+                handles.append(self.embedding.register_forward_hook(self._rooted))
+            for (_, side), works in self._by_module().items():
+                self._attach(works, side, handles)
+            yield self
+        finally:
+            CURRENT.reset(token)
+            for handle in handles:
+                handle.remove()
+
+    def _rooted(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Start the graph at the embedding when every parameter is frozen: anywhere later would cut off what is before."""
+        if CURRENT.get() is not self or output.requires_grad:
+            return None
+        return output.detach().requires_grad_(True).clone()
+
+    def _by_module(self) -> dict[tuple[int, str], list[_Work]]:
+        groups: dict[tuple[int, str], list[_Work]] = {}
+        for work in self.work.values():
+            groups.setdefault((id(work.point.module), work.point.side), []).append(work)
+        for works in groups.values():
+            works.sort(key=lambda w: _RANK[w.point.site.kind])
+        return groups
+
+    def _attach(self, works: list[_Work], side: str, handles: list[Any]) -> None:
+        module = works[0].point.module
+        if side == "in":
+            handles.append(module.register_forward_pre_hook(self._pre_hook(works), with_kwargs=True))
+        elif side == "tap":
+            self.taps[id(module)] = LayerTap({w.point.site.kind: w for w in works}, works[0].point.path)
+        else:
+            hook = self._weights_hook(works[0]) if side == "weights" else self._post_hook(works)
+            handles.append(module.register_forward_hook(hook))
+
+    def _pre_hook(self, works: list[_Work]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if CURRENT.get() is not self:
+                return None
+            name = None if args else _main_argument(kwargs, works[0].point)
+            x = args[0] if name is None else kwargs[name]
+            original = x
+            for work in works:
+                x = self._through(work, x)
+            self._maybe_stop()
+            if x is original:
+                return None
+            return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+        return hook
+
+    def _post_hook(self, works: list[_Work]) -> Callable[..., Any]:
+        inside = [w for w in works if w.point.part in ("scale", "normalized")]
+        outside = [w for w in works if w not in inside]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if CURRENT.get() is not self:
+                return None
+            if works[0].point.part == "logits":
+                return self._visit_logits(works[0], output)
+            x = output[0] if isinstance(output, tuple) else output
+            original = x
+            if inside:
+                x = self._visit_norm(inside, module, args[0], x)
+            for work in outside:
+                x = self._visit_result(work, args[0], x) if work.point.part == "result" else self._through(work, x)
+            self._maybe_stop()
+            if x is original:
+                return None
+            return (x, *output[1:]) if isinstance(output, tuple) else x
+
+        return hook
+
+    def _weights_hook(self, work: _Work) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if CURRENT.get() is not self:
+                return
+            tensors = [t for t in output[1:] if isinstance(t, Tensor) and t.ndim == 4] if isinstance(output, tuple) else []
+            if not tensors:
+                raise HookError(f"{work.point.path} gave no attention weights; {work.point.site.short} cannot be read here")
+            work.visit(tensors[0])
+            self._maybe_stop()
+
+        return hook
+
+    def _through(self, work: _Work, x: Tensor) -> Tensor:
+        """Take a module's tensor to the site's, visit, and take it back."""
+        point, frame = work.point, self.frame
+        flat = x.ndim == 2
+        whole = x.unflatten(0, (frame.batch, frame.length)) if flat and x.shape[0] == frame.batch * frame.length else x
+        if whole.shape[0] == 1 != frame.batch:
+            whole = whole.expand(frame.batch, *whole.shape[1:])
+        old = point.view.get(whole)
+        self._check_shape(point, old)
+        new = work.visit(old)
+        if not work.touches:
+            return x
+        back = point.view.put(whole, new) if new is not whole else whole
+        back = back.flatten(0, 1) if flat and back.ndim == 3 else back
+        if point.in_place and new is not old:
+            return x.copy_(back)
+        return back
+
+    def _check_shape(self, point: Point, x: Tensor) -> None:
+        frame = self.frame
+        if x.ndim < 3 or x.shape[0] != frame.batch or x.shape[1] != frame.length:
+            raise HookError(
+                f"{point.site.short}: {point.path} gave {tuple(x.shape)} where [batch {frame.batch}, pos {frame.length}, …] "
+                "was expected; this module lays its tensors out in another way"
+            )
+
+    def _visit_norm(self, works: list[_Work], module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """σ and the normalised value by our formula; the module's output is replaced only if one was touched."""
+        spec = works[0].point.norm
+        assert spec is not None
+        frame, by_part = self.frame, {w.point.part: w for w in works}
+        flat = x.ndim == 2
+        touched = any(w.touches for w in works)
+        centred = spec.centre(x.unflatten(0, (frame.batch, frame.length)) if flat else x)
+        scale = spec.scale(centred)
+        if "scale" in by_part:
+            scale = self._part(by_part["scale"], scale)
+        normalized = centred / scale
+        if "normalized" in by_part:
+            normalized = self._part(by_part["normalized"], normalized)
+        if not touched:
+            return output
+        y = spec.output(normalized, module, output.dtype)
+        return y.flatten(0, 1) if flat else y
+
+    def _part(self, work: _Work, x: Tensor) -> Tensor:
+        old = work.point.view.get(x)
+        new = work.visit(old)
+        return x if new is old and not work.touches else work.point.view.put(x, new)
+
+    def _visit_result(self, work: _Work, z: Tensor, output: Tensor) -> Tensor:
+        """Each head's output z_h W_O^h; an edit changes the sum by what it changes here."""
+        frame = self.frame
+        w_o = linear_weight(work.point.module)  # [n_heads · d_head, d_model]
+        flat = z.ndim == 2
+        zz = z.unflatten(0, (frame.batch, frame.length)) if flat else z
+        n = work.point.n_heads
+        heads = zz.reshape(*zz.shape[:2], n, -1)
+        old = torch.einsum("bphd,hdm->bphm", heads, w_o.reshape(n, -1, w_o.shape[-1]))
+        new = work.visit(old)
+        if not work.touches:
+            return output
+        if self.differentiate:  # the gradient must pass through the heads' outputs, and only through them
+            rest = output.detach() - (old.sum(2).flatten(0, 1) if flat else old.sum(2)).detach()
+            return rest + (new.sum(2).flatten(0, 1) if flat else new.sum(2))
+        change = (new - old).sum(2)
+        return output + (change.flatten(0, 1) if flat else change)
+
+    def _visit_logits(self, work: _Work, output: Any) -> Any:
+        logits = output.logits
+        frame, narrow = self.frame, self.frame
+        if logits.shape[1] != frame.length:  # logits_to_keep: only the last columns are there
+            kept = logits.shape[1]
+            narrow = replace(frame, offset=frame.total - kept, length=kept)
+        self.frame = narrow
+        try:
+            new = work.visit(logits)
+        finally:
+            self.frame = frame
+        if new is not logits:
+            output.logits = new
+        return output
+
+    def _maybe_stop(self) -> None:
+        if self.stop and not self.waiting:
+            raise Stop
+
+    # -- a forward ----------------------------------------------------------------------------------------------
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Call the model; return its output, or None when it was stopped because everything had been read.
+
+        Raises:
+            HookError: a place asked for was never reached.
+        """
+        self.waiting = set(self.work)
+        try:
+            output = call()
+        except Stop:
+            return None
+        self.check_fired()
+        return output
+
+    def check_fired(self) -> None:
+        """Refuse to go on when a hook did not fire.
+
+        Raises:
+            HookError: names the sites.
+        """
+        if not self.waiting:
+            return
+        missed = [self.work[key].point for key in self.waiting]
+        names = ", ".join(sorted(p.site.short for p in missed))
+        why = "this attention does not go through transformers' attention interface" if missed[0].side == "tap" else (
+            f"the forward pass never called {missed[0].path!r}"
+        )
+        raise HookError(f"nothing happened at {names}: {why}; the result would have been silently wrong")
+
+
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to another device; to the CPU through pinned memory without waiting (`finish` waits once)."""
+    if device.type == "cpu" and x.device.type == "cuda":
+        out = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        return out.copy_(x, non_blocking=True)
+    return x.to(device, non_blocking=True)
+
+
+def _main_argument(kwargs: dict[str, Any], point: Point) -> str:
+    """The keyword under which a module gets its hidden states."""
+    if "hidden_states" in kwargs:
+        return "hidden_states"
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2:
+            return name
+    raise HookError(f"{point.path} was called without a tensor among its arguments ({', '.join(kwargs)})")
+
+
+def _check_edit(edit: Intervention, site: Site, old: Tensor, new: Any) -> None:
+    who = f"{type(edit).__name__} at {site.short}"
+    if not isinstance(new, Tensor):
+        raise ShapeError(f"{who} returned {type(new).__name__}; it must return a tensor of shape {tuple(old.shape)}")
+    if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device:
+        raise ShapeError(
+            f"{who} returned {tuple(new.shape)} {new.dtype} on {new.device}; "
+            f"the activation is {tuple(old.shape)} {old.dtype} on {old.device} [{' '.join(site.axes)}]"
+        )

@@ -1,0 +1,533 @@
+"""`HookManager`: wraps a pretrained language model and reads or edits any activation in it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from interp.core.attention import install_tap
+from interp.core.engine import Plan
+from interp.core.errors import DataError, ModelError
+from interp.core.generate import Generation, generate_pass
+from interp.core.intervention import Intervention
+from interp.core.loading import load_model, skeleton
+from interp.core.modelmap import ModelMap
+from interp.core.passes import Caller, hooked_pass, run_pass
+from interp.core.points import Atlas
+from interp.core.run import Run
+from interp.core.site import Site
+from interp.core.sitetable import SiteTable
+from interp.core.text import Chat, Tokens, chat_tokens, pad_id_of, pad_rows, special_mask, str_tokens, tokenize
+
+if TYPE_CHECKING:
+    from interp.core.weights import Weights
+
+__all__ = ["HookManager", "sites_of"]
+
+Inputs = Any
+"""Text, a list of texts, a LongTensor [batch pos], a list of lists of ids, or `Tokens`."""
+
+_USUALLY_BOS = ("gpt2", "gpt_neox", "gpt_neo", "gptj")
+
+
+class HookManager:
+    """Wraps an unmodified model; every other part of `interp` works through one of these.
+
+    Make one with `HookManager.load`. Activations are those of the model as Hugging Face wrote it: no norm is folded,
+    no weight centred, unless `folded()` is asked for. Loading changes nothing of the model.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, modelmap: ModelMap, *, name: str = "", revision: str | None = None) -> None:
+        self.model = model
+        self.root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.tokenizer = tokenizer
+        self.map = modelmap
+        self.name = name
+        self.revision = revision
+        self.atlas = Atlas(self.root, modelmap)
+        self.caller = Caller(model)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._packing_checked = False
+
+    @classmethod
+    def load(
+        cls,
+        source: "str | Path | nn.Module",
+        tokenizer: Any = None,
+        *,
+        map: ModelMap | None = None,
+        revision: str | None = None,
+        dtype: "str | torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+        device_map: Any = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> "HookManager":
+        """Load a causal LM and wrap it.
+
+        Args:
+            source: a model name, a Hugging Face folder, or a model in memory (which is left as it is).
+            tokenizer: for a model in memory; by name, the model's own is loaded.
+            map: where the parts of the model are, for a module that TransformerLens has no adapter for.
+            revision: branch, tag or commit.
+            dtype: the checkpoint's by default.
+            device, device_map: as in transformers; the CPU by default.
+            model_kwargs: further arguments of `from_pretrained`, such as {"attn_implementation": "eager"}.
+            trust_remote_code: run code that comes with the model; off unless you have read it.
+
+        Raises:
+            ModelError: it cannot be loaded or hooked; the message says what to do.
+        """
+        loaded = load_model(
+            source,
+            tokenizer,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            model_kwargs=model_kwargs,
+            trust_remote_code=trust_remote_code,
+        )
+        _refuse_unhookable(loaded.model)
+        install_tap()
+        root = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+        modelmap = map or _map_of(root)
+        modelmap.check(root)
+        return cls(loaded.model, loaded.tokenizer, modelmap, name=loaded.name, revision=loaded.revision)
+
+    # -- facts --------------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The model's (text) config."""
+        config = getattr(self.root, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return self.map.n_layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return self.map.d_model
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads per layer."""
+        return self.map.n_heads
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key/value heads per layer; fewer than `n_heads` under grouped-query attention."""
+        return self.map.n_kv_heads
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.map.d_head
+
+    @property
+    def d_mlp(self) -> int | None:
+        """Neurons per MLP; None for a mixture of experts."""
+        return self.map.d_mlp
+
+    @property
+    def d_vocab(self) -> int:
+        """Entries of the vocabulary."""
+        return self.map.d_vocab
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the token embedding."""
+        return next((self.map.module(self.root, "embed") or self.root).parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the token embedding."""
+        return next((self.map.module(self.root, "embed") or self.root).parameters()).dtype
+
+    @cached_property
+    def weights(self) -> "Weights":
+        """Weights per head in TransformerLens' layout, as views."""
+        from interp.core.weights import Weights
+
+        return Weights(self.root, self.atlas)
+
+    def sites(self, pattern: str = "*") -> SiteTable:
+        """Return the sites of this model that match a glob, with shapes and definitions."""
+        return SiteTable.of(self.atlas, pattern)
+
+    def __repr__(self) -> str:
+        m = self.map
+        return (
+            f"HookManager({self.name!r}: {m.family}, {m.n_layers} layers, d_model {m.d_model}, {m.n_heads} heads"
+            f"{'' if m.n_heads == m.n_kv_heads else f' / {m.n_kv_heads} kv'}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    # -- tokens -------------------------------------------------------------------------------------------------
+
+    def to_tokens(self, inputs: Inputs, *, bos: bool | None = None, mask: Any = None) -> Tokens:
+        """Return token ids with their padding known.
+
+        Args:
+            inputs: text, a list of texts, a LongTensor [batch pos] or [pos], a list of lists of ids, or `Tokens`.
+            bos: for text: None follows the tokenizer's habit, True puts BOS first, False leaves special tokens out.
+            mask: for a tensor: True (or 1) where a token is real; needed when it is padded.
+
+        Raises:
+            DataError: nothing to run, ids outside the vocabulary, or a mask that does not fit.
+        """
+        if isinstance(inputs, Tokens):
+            tokens = inputs
+        elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and all(isinstance(i, str) for i in inputs)):
+            if mask is not None:
+                raise DataError("mask=… is for token ids; text knows its own padding")
+            tokens = tokenize(self.tokenizer, inputs, bos=bos)
+        elif isinstance(inputs, Tensor):
+            tokens = self._tensor_tokens(inputs, mask)
+        elif isinstance(inputs, Sequence) and inputs and all(isinstance(i, Sequence) for i in inputs):
+            if mask is not None:
+                raise DataError("mask=… is for a tensor of ids; a list of lists knows its own padding")
+            tokens = Tokens(*pad_rows(inputs, pad_id_of(self.tokenizer)), tokenizer=self.tokenizer)
+        elif isinstance(inputs, Sequence) and inputs and all(isinstance(i, int) for i in inputs):
+            tokens = Tokens(*pad_rows([inputs], pad_id_of(self.tokenizer)), tokenizer=self.tokenizer)
+        else:
+            size = " (empty)" if isinstance(inputs, Sequence) and not inputs else ""
+            raise DataError(f"inputs are text, texts, a LongTensor [batch pos] or lists of ids; got {type(inputs).__name__}{size}")
+        return self._checked(tokens)
+
+    def _tensor_tokens(self, ids: Tensor, mask: Any) -> Tokens:
+        if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.is_complex():
+            raise DataError(f"token ids are whole numbers, got {ids.dtype} {tuple(ids.shape)}; embeddings go through hm.hooked(…)")
+        if ids.device.type == "meta":
+            raise DataError("token ids on the meta device hold no values")
+        ids = ids[None] if ids.ndim == 1 else ids
+        if ids.ndim != 2 or 0 in ids.shape:
+            raise DataError(f"token ids must be [batch pos] with at least one token, got {tuple(ids.shape)}")
+        if mask is None:
+            self._refuse_hidden_pads(ids)
+            known = torch.ones(ids.shape, dtype=torch.bool)
+        else:
+            known = torch.as_tensor(mask).cpu()
+            known = known[None] if known.ndim == 1 else known
+            if known.shape != ids.shape or not bool(((known == 0) | (known == 1)).all()):
+                raise DataError(f"mask must hold 0 and 1 in the shape of the ids {tuple(ids.shape)}, got {tuple(known.shape)} {known.dtype}")
+            known = known.bool()
+        return Tokens(ids.long(), known, tokenizer=self.tokenizer)
+
+    def _refuse_hidden_pads(self, ids: Tensor) -> None:
+        """A pad token of its own at a row's edge, without a mask, is a padded batch that lost its mask."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        others = {getattr(self.tokenizer, n, None) for n in ("eos_token_id", "bos_token_id", "unk_token_id")}
+        if pad is None or pad in others or ids.device.type != "cpu" or ids.shape[0] == 1:
+            return
+        if bool((ids[:, 0] == pad).any() | (ids[:, -1] == pad).any()):
+            raise DataError(f"rows begin or end with the pad token ({pad}) but there is no mask; give run(…, mask=…) or the texts")
+
+    def _checked(self, tokens: Tokens) -> Tokens:
+        ids = tokens.ids
+        if ids.device.type == "cpu":  # on a GPU this would make the host wait at every call
+            low, high = int(ids.min()), int(ids.max())
+            rows = self.weights_rows
+            if low < 0 or high >= rows:
+                raise DataError(f"token id {low if low < 0 else high} is outside the vocabulary (0 to {rows - 1})")
+        longest = self._max_positions
+        if longest is not None and int(tokens.lengths.max()) > longest:
+            raise DataError(f"{int(tokens.lengths.max())} tokens, but this model has {longest} learned positions; cut the input")
+        return tokens
+
+    @cached_property
+    def weights_rows(self) -> int:
+        """Rows of the embedding: ids must lie below (it can be larger than the vocabulary)."""
+        embed = self.map.module(self.root, "embed")
+        weight = getattr(embed, "weight", None)
+        return int(weight.shape[0]) if isinstance(weight, Tensor) else self.d_vocab
+
+    @cached_property
+    def _max_positions(self) -> int | None:
+        if not self.map.has("pos_embed"):
+            return None
+        limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
+        return int(limit) if limit else None
+
+    def to_str_tokens(self, inputs: Inputs) -> Any:
+        """Return the text of each token: a list for one string or row, a list of lists otherwise."""
+        tokens = self.to_tokens(inputs)
+        rows = str_tokens(self.tokenizer, tokens.ids)
+        single = isinstance(inputs, str) or (isinstance(inputs, Tensor) and inputs.ndim == 1)
+        return rows[0] if single else rows
+
+    def to_single_token(self, text: str) -> int:
+        """Return the id of a string that is exactly one token.
+
+        Raises:
+            DataError: it is several tokens (they are shown), or none.
+        """
+        ids = tokenize(self.tokenizer, text, bos=False).ids[0] if text else torch.zeros(0)
+        if len(ids) != 1:
+            shown = " | ".join(repr(t) for t in str_tokens(self.tokenizer, ids[None].long())[0]) if len(ids) else "nothing"
+            raise DataError(f"{text!r} is {len(ids)} tokens ({shown}), not one; many words need a leading space")
+        return int(ids[0])
+
+    def special_mask(self, ids: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
+        """Return True where a token is special (BOS, EOS, pad, …); fits and statistics leave those out."""
+        return special_mask(self.tokenizer, ids)
+
+    def chat(self, messages: Any, *, add_generation_prompt: bool = True) -> Chat:
+        """Return a conversation in the model's chat template, without a second BOS, with one named span per role."""
+        return chat_tokens(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+    def notes_for(self, tokens: Tokens) -> list[str]:
+        """What a reader of the results should know about these tokens."""
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        if self.map.family in _USUALLY_BOS and bos is not None and not tokens.bos and tokens.ids.device.type == "cpu":
+            first = tokens.ids.gather(1, tokens.mask.int().argmax(1, keepdim=True))
+            if not bool((first == bos).all()):
+                return [f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools usually do; to_tokens(…, bos=True)"]
+        return []
+
+    # -- runs ---------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        inputs: Inputs,
+        *,
+        read: "Sequence[Site | str] | Site | str" = (),
+        write: "Sequence[Intervention | tuple[str, Callable[[Tensor], Tensor]]] | Intervention" = (),
+        grad: Callable[[Run], Tensor] | None = None,
+        logits: str | None = None,
+        to: "str | torch.device | None" = None,
+        mask: Any = None,
+        position_ids: Tensor | None = None,
+        batch_size: int | None = None,
+    ) -> Run:
+        """Run one batch: all edits of a site in list order, then its reads.
+
+        The forward stops after the last thing asked for, and computes no logits that nobody asked for. Without edits,
+        logits are bit-equal to `model(ids, use_cache=False)`. Memory: the reads, plus the model's own forward.
+
+        Args:
+            inputs: text, texts, a LongTensor [batch pos], lists of ids, or `Tokens`.
+            read: sites, names or globs; `Site("3.z").at(pos=-1, head=1)` is sliced inside the hook.
+            write: edits such as `interp.Add(…)`, or pairs (site, function).
+            grad: a function of the run that returns a metric [batch] or a scalar; its gradients at every read are in
+                `out.grad`.
+            logits: "all", "last" (each row's last real token) or "none". By default "none" when something is read
+                without a metric, else "all".
+            to: where reads and logits go, such as "cpu".
+            mask: for a padded tensor: 1 where a token is real.
+            position_ids: [batch pos]; for packed documents whose positions start again.
+            batch_size: rows per forward; by default the whole batch, halved on running out of memory.
+
+        Raises:
+            InterpError: of the kind that fits; nothing was run, no hook is left.
+        """
+        self._refuse_training("run")
+        tokens = self.to_tokens(inputs, mask=mask)
+        plan = self._plan(read, write)
+        if logits not in (None, "all", "last", "none"):
+            raise DataError(f"logits={logits!r}: expected 'all', 'last' or 'none'")
+        if logits == "none" and not plan.reads:
+            raise DataError("logits='none' and nothing to read: this run would give nothing; add read=[…]")
+        if grad is not None and logits == "none":
+            logits = "none" if not any(r.kind == "logits" for r in plan.reads) else "all"
+        chosen = logits or ("none" if plan.reads and grad is None else "all")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+            raise DataError(f"batch_size={batch_size!r}: expected a whole number of rows ≥ 1")
+        if grad is not None and not plan.reads:
+            raise DataError("grad=… gives gradients at the sites read; add read=[…]")
+        if position_ids is not None:
+            self._check_positions(tokens, position_ids)
+        return run_pass(
+            self,
+            tokens,
+            plan,
+            grad=grad,
+            logits=chosen,
+            to=None if to is None else _device(to),
+            position_ids=position_ids,
+            batch_size=batch_size,
+        )
+
+    def batches(
+        self,
+        inputs: Iterable[Inputs],
+        *,
+        read: "Sequence[Site | str] | Site | str" = (),
+        write: "Sequence[Intervention] | Intervention" = (),
+        logits: str | None = None,
+        to: "str | torch.device | None" = None,
+        batch_size: int | None = None,
+    ) -> Iterator[Run]:
+        """Run many batches with the same reads and edits; yields one `Run` for each. Arguments as for `run`."""
+        for batch in inputs:
+            yield self.run(batch, read=read, write=write, logits=logits, to=to, batch_size=batch_size)
+
+    def hooked(
+        self,
+        *,
+        read: "Sequence[Site | str] | Site | str" = (),
+        write: "Sequence[Intervention] | Intervention" = (),
+    ) -> AbstractContextManager[Run]:
+        """Attach reads and edits to whatever you do with `hm.model` yourself, training included.
+
+        The run that the block gets holds the reads of the latest forward, on the autograd graph if there is one.
+
+        Args:
+            read, write: as for `run`.
+        """
+        return hooked_pass(self, self._plan(read, write))
+
+    def generate(
+        self,
+        inputs: Inputs,
+        *,
+        max_new_tokens: int = 20,
+        read: "Sequence[Site | str] | Site | str" = (),
+        write: "Sequence[Intervention] | Intervention" = (),
+        temperature: float = 0.0,
+        seed: int = 0,
+        use_cache: bool = True,
+        generation_kwargs: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Generate with the model's own `generate`, reading and editing every step, in one pass.
+
+        Positions are absolute: an edit acts on the same tokens with and without the KV cache. Reads are stacked to
+        [batch, prompt + new − 1, …]: the last token made was never an input, so it has no activation.
+
+        Args:
+            inputs: as for `run`; padded on the left by us where rows differ in length.
+            max_new_tokens: at most so many per row; rows end at EOS.
+            read, write: as for `run`; reads may be sliced by head but not by position.
+            temperature: 0 is greedy; otherwise softmax(logits / temperature) is sampled.
+            seed: for sampling.
+            use_cache: the KV cache; without it every step runs the whole sequence.
+            generation_kwargs: further arguments of transformers' `generate`; no beams, no assistant.
+
+        Raises:
+            InterpError: of the kind that fits.
+        """
+        self._refuse_training("generate")
+        tokens = self.to_tokens(inputs)
+        plan = self._plan(read, write)
+        return generate_pass(
+            self,
+            tokens,
+            plan,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            use_cache=use_cache,
+            generation_kwargs=dict(generation_kwargs or {}),
+        )
+
+    def _plan(self, read: Any, write: Any) -> Plan:
+        key = tuple(read) if isinstance(read, list | tuple) else (read,)
+        if write or not all(isinstance(r, str) for r in key):
+            return Plan.make(self.atlas, read, write)
+        if key not in self._plans:
+            if len(self._plans) > 256:
+                self._plans.clear()
+            self._plans[key] = Plan.make(self.atlas, read, ())
+        return self._plans[key]
+
+    def _refuse_training(self, verb: str) -> None:
+        if self.model.training:
+            raise ModelError(f"the model is in train mode, where dropout changes activations; call hm.model.eval() before {verb}, or use hm.hooked(…)")
+
+    def _check_positions(self, tokens: Tokens, position_ids: Tensor) -> None:
+        if not isinstance(position_ids, Tensor) or position_ids.shape != tokens.ids.shape or position_ids.is_floating_point():
+            shape = tuple(getattr(position_ids, "shape", ()))
+            raise DataError(f"position_ids must be whole numbers in the shape of the ids {tuple(tokens.ids.shape)}, got {shape}")
+        packed = bool((position_ids[:, 1:] < position_ids[:, :-1]).any())
+        if packed and not bool(tokens.mask.all()):
+            raise DataError("packed rows (positions that start again) cannot be padded as well; fill the rows or cut them")
+        if packed and not self._packing_checked:
+            self._check_packing()
+
+    def _check_packing(self) -> None:
+        """Compare two packed documents with the two alone: some families let documents see each other."""
+        n = min(6, self.weights_rows - 1)
+        first = torch.arange(1, n + 1)[None].to(self.device)
+        both = torch.cat([first, first], dim=1)
+        positions = torch.arange(n, device=self.device).repeat(2)[None]
+        with torch.no_grad():
+            alone = self.caller(first, mask=None, position_ids=None, keep=None).logits
+            packed = self.caller(both, mask=None, position_ids=positions, keep=None).logits[:, n:]
+        off, size = float((packed - alone).abs().max()), float(alone.abs().max())
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        if not off <= tolerance * max(1.0, size):
+            raise ModelError(
+                f"{self.map.family} lets packed documents see each other (logits off by {off:.1e}): use packing 'concat' or 'one_doc'"
+            )
+        self._packing_checked = True
+
+    # -- other forms --------------------------------------------------------------------------------------------
+
+    def folded(self) -> "HookManager":
+        """Return a manager over a copy with norms folded and weights centred (TransformerLens' default); see `fold`.
+
+        Raises:
+            ModelError: the family's norms cannot be folded.
+        """
+        from interp.core.fold import fold
+
+        return HookManager(fold(self.root, self.atlas)[0], self.tokenizer, self.map, name=f"{self.name} (folded)", revision=self.revision)
+
+    def to_transformer_lens(self) -> Any:
+        """Return a `TransformerBridge` over this model's own tensors, for TransformerLens' tools; this model stays as it is.
+
+        Raises:
+            ModelError: TransformerLens has no adapter for the architecture.
+        """
+        from interp.core.bridge import to_transformer_lens
+
+        return to_transformer_lens(self.root, self.tokenizer)
+
+
+def sites_of(name: str, *, pattern: str = "*", revision: str | None = None, trust_remote_code: bool = False) -> SiteTable:
+    """Return the sites of a model from its config alone, without weights.
+
+    Args:
+        name: a model name or a folder with a config.json.
+        pattern: a glob over site names.
+        revision, trust_remote_code: as for `HookManager.load`.
+
+    Raises:
+        ModelError: no config, or an architecture without a map.
+    """
+    model = skeleton(name, revision=revision, trust_remote_code=trust_remote_code)
+    modelmap = _map_of(model)
+    return SiteTable.of(Atlas(model, modelmap), pattern)
+
+
+def _map_of(model: nn.Module) -> ModelMap:
+    from interp.core.bridge import map_of
+
+    if not hasattr(model, "config"):
+        raise ModelError(f"{type(model).__name__} is no Hugging Face model; give load(module, map=interp.ModelMap(…))")
+    return map_of(model)
+
+
+def _refuse_unhookable(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"load takes a model name, a folder or a model, got {type(model).__name__}")
+    compiled = type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None
+    if compiled:
+        raise ModelError("a compiled model's inner hooks would not fire; give the model before torch.compile (model._orig_mod)")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ModelError(f"{type(model).__name__} runs copies of the model; give the model inside it (model.module)")
+
+
+def _device(to: Any) -> torch.device:
+    try:
+        return torch.empty(0, device=to).device
+    except (RuntimeError, AssertionError, TypeError) as err:
+        raise DataError(f"to={to!r} is no device that can be used here: {str(err).splitlines()[0]}") from None

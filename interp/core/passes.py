@@ -1,0 +1,336 @@
+"""How `run` and `hooked` carry out a plan: batches in parts, the model's arguments, logits, gradients, notes."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interp.core.engine import Forward, Plan
+from interp.core.errors import DataError, HookError, InterpError, ModelError, ShapeError, WhereError
+from interp.core.frame import Frame
+from interp.core.run import Run
+from interp.core.site import Site
+from interp.core.slicing import take
+from interp.core.text import Tokens
+
+if TYPE_CHECKING:
+    from interp.core.manager import HookManager
+
+__all__ = ["Caller", "frame_of", "hooked_pass", "run_pass", "write_notes"]
+
+_AFTER_LOGITS_CUT = {"unembed.in", "unembed.out", "logits"}
+
+
+class Caller:
+    """Calls one model, giving its forward only the arguments that it takes."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        forward = model.get_base_model().forward if hasattr(model, "get_base_model") else model.forward
+        parameters = inspect.signature(forward).parameters
+        self.names = set(parameters)
+        self.any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and hasattr(model, "config")
+
+    def takes(self, name: str) -> bool:
+        """Whether the forward takes an argument by name (through **kwargs only for Hugging Face models)."""
+        return name in self.names
+
+    def __call__(self, ids: Tensor, *, mask: Tensor | None, position_ids: Tensor | None, keep: Any) -> Any:
+        """Run the model on token ids.
+
+        Args:
+            ids: [batch pos].
+            mask: attention mask, or None when nothing is padded.
+            position_ids: [batch pos], or None for the model's own.
+            keep: which logits, as `logits_to_keep`; None for all.
+        """
+        arguments: dict[str, Any] = {}
+        for name, value in (("attention_mask", mask), ("position_ids", position_ids)):
+            if value is None:
+                continue
+            if not self.takes(name) and not self.any_name:
+                raise ModelError(f"{type(self.model).__name__}.forward takes no {name}; give it one unpadded batch at a time")
+            arguments[name] = value
+        if self.takes("use_cache") or self.any_name:
+            arguments["use_cache"] = False
+        if keep is not None and self.takes("logits_to_keep"):
+            arguments["logits_to_keep"] = keep
+        return self.model(ids, **arguments)
+
+
+def frame_of(tokens: Tokens, row0: int, rows: int) -> Frame:
+    """Return the frame of some rows of a batch that is run whole."""
+    part = slice(row0, row0 + rows)
+    return Frame(
+        ids=tokens.ids[part],
+        mask=tokens.mask[part],
+        batch=min(rows, len(tokens) - row0),
+        length=tokens.ids.shape[1],
+        prompt_length=tokens.ids.shape[1],
+        row0=row0,
+        n_rows=len(tokens),
+        spans=tokens.spans,
+    )
+
+
+def run_pass(
+    hm: "HookManager",
+    tokens: Tokens,
+    plan: Plan,
+    *,
+    grad: Callable[[Run], Tensor] | None,
+    logits: str,
+    to: torch.device | None,
+    position_ids: Tensor | None,
+    batch_size: int | None,
+) -> Run:
+    """Run a batch, in parts if it is larger than `batch_size` or than memory, and return what was asked."""
+    n, notes, size = len(tokens), list(hm.notes_for(tokens)), batch_size or len(tokens)
+    if grad is not None and size < n:
+        raise DataError(f"grad=… needs the whole batch in one forward; give at most {size} rows, or leave batch_size out")
+    while True:
+        try:
+            parts = [
+                _part(hm, tokens, plan, row0, size, grad=grad, logits=logits, to=to, position_ids=position_ids)
+                for row0 in range(0, n, size)
+            ]
+            break
+        except torch.OutOfMemoryError as err:
+            if size == 1 or grad is not None:
+                raise ModelError(f"out of memory with {size} row(s) of {tokens.ids.shape[1]} tokens; read less, or shorter rows") from err
+            torch.cuda.empty_cache()
+            size = (size + 1) // 2
+            notes.append(f"out of memory: the batch was split into parts of {size} rows")
+    forwards = [f for f, *_ in parts]
+    write_notes(plan, forwards, notes)
+    values = {site: _joined([f.results[site][0] for f in forwards]) for site in plan.reads}
+    kept = [out for _, out, _ in parts if out is not None]
+    gradients, metric = parts[0][2] if grad is not None else (None, None)
+    if gradients is not None:
+        values = {s: take(v, s, forwards[0].frame).detach() for s, v in values.items()}
+        notes.extend(_dead_gradients(gradients))
+    return Run(
+        {s: v.to(to) if to is not None else v for s, v in values.items()},
+        tokens=tokens.ids,
+        mask=tokens.mask,
+        logits=_joined(kept) if kept else None,
+        grad=gradients,
+        metric=metric,
+        notes=notes,
+        hm=hm,
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _dead_gradients(gradients: Mapping[Site, Tensor]) -> list[str]:
+    return [f"the metric does not depend on {s!r}: its gradient is zero" for s, g in gradients.items() if getattr(g, "_unused", False)]
+
+
+def _part(
+    hm: "HookManager",
+    tokens: Tokens,
+    plan: Plan,
+    row0: int,
+    size: int,
+    *,
+    grad: Callable[[Run], Tensor] | None,
+    logits: str,
+    to: torch.device | None,
+    position_ids: Tensor | None,
+) -> tuple[Forward, Tensor | None, Any]:
+    frame = frame_of(tokens, row0, size)
+    check_places(plan, frame)
+    ids = tokens.ids[row0 : row0 + size].to(hm.device, non_blocking=True)
+    mask = positions = None
+    if position_ids is not None:
+        positions = position_ids[row0 : row0 + size].to(hm.device)
+    if frame.padded:
+        mask = frame.known_mask().long().to(hm.device, non_blocking=True)
+        if positions is None:
+            positions = (frame.known_mask().long().cumsum(1) - 1).clamp(min=0).to(hm.device, non_blocking=True)
+    whole = any(p.site.kind in _AFTER_LOGITS_CUT for p in plan.points)
+    keep, pick = _logits_to_keep(frame, hm.caller, logits, whole)
+    forward = Forward(
+        plan,
+        frame,
+        stop=logits == "none",
+        differentiate=grad is not None,
+        to=to,
+        embedding=hm.map.module(hm.root, "embed"),
+    )
+    with torch.set_grad_enabled(grad is not None):
+        with forward.attached(hm.model):
+            output = forward.run(lambda: hm.caller(ids, mask=mask, position_ids=positions, keep=keep))
+        out = None if output is None or logits == "none" else _own_logits(output, pick)
+        if grad is None:
+            return forward, out if out is None or to is None else out.to(to), None
+        gradients, metric = _differentiate(hm, tokens, forward, out, grad)
+    return forward, None if out is None else out.detach(), (gradients, metric)
+
+
+def check_places(plan: Plan, frame: Frame) -> None:
+    """Refuse positions and spans that do not exist before the model runs."""
+    for edit in plan.writes:
+        where = edit.selection
+        if where.needs_generation and not frame.generating:
+            raise WhereError(f"{type(edit).__name__}(where={where!r}) is about generated tokens; run makes none, generate does")
+        if where.selects_positions or where.rows is not None:
+            where.columns(frame)
+    for read in plan.reads:
+        if read.where is not None and read.where.pos is not None:
+            read.where.read_columns(frame)
+
+
+def _logits_to_keep(frame: Frame, caller: Caller, logits: str, whole: bool) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    """What to pass as `logits_to_keep`, and how to get [batch 1 d_vocab] from what comes back."""
+    if logits != "last":
+        return None, lambda x: x
+    ends = frame.ends()
+    if whole or not caller.takes("logits_to_keep"):
+        return None, lambda x: _columns(x, ends)
+    if bool((ends == frame.length - 1).all()):
+        return 1, lambda x: x
+    columns, place = ends.unique(return_inverse=True)
+    device = next(caller.model.parameters()).device
+    return columns.to(device), lambda x: _columns(x, place)
+
+
+def _columns(x: Tensor, index: Tensor) -> Tensor:
+    where = index.to(x.device)[:, None, None].expand(-1, 1, x.shape[-1])
+    return x.gather(1, where)
+
+
+def _own_logits(output: Any, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ModelError(f"the model returned {type(output).__name__} without logits; is it a causal LM?")
+    return pick(logits)
+
+
+def _differentiate(
+    hm: "HookManager", tokens: Tokens, forward: Forward, logits: Tensor | None, grad: Callable[[Run], Tensor]
+) -> tuple[dict[Site, Tensor], Tensor]:
+    """Return the gradients of the metric at every read, sliced like the read, and the metric per row."""
+    frame = forward.frame
+    live = {s: take(forward.path[Site(s.short)], s, frame) for s in forward.plan.reads}
+    run = Run(live, tokens=tokens.ids, mask=tokens.mask, logits=logits, hm=hm)
+    metric = grad(run)
+    if not isinstance(metric, Tensor) or metric.ndim > 1 or not metric.is_floating_point():
+        what = f"shape {tuple(metric.shape)} {metric.dtype}" if isinstance(metric, Tensor) else type(metric).__name__
+        raise ShapeError(f"the metric of grad=… must return a floating-point tensor [batch] or a scalar, got {what}")
+    if not metric.requires_grad:
+        raise HookError("the metric of grad=… does not depend on the model's activations (was something detached inside it?)")
+    places = list(forward.path)
+    found = torch.autograd.grad(metric.sum(), [forward.path[s] for s in places], allow_unused=True)
+    whole: dict[Site, Tensor] = {}
+    for site, gradient in zip(places, found, strict=True):
+        value = torch.zeros_like(forward.path[site]) if gradient is None else gradient
+        value._unused = gradient is None  # type: ignore[attr-defined]
+        whole[site] = value
+    result = {}
+    for read in forward.plan.reads:
+        full = whole[Site(read.short)]
+        part = take(full, read, frame).clone()
+        part._unused = full._unused  # type: ignore[attr-defined]
+        result[read] = part
+    return result, metric.detach()
+
+
+def write_notes(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> None:
+    """Say which edits changed nothing, with one wait for the device, and refuse those that selected nothing.
+
+    Raises:
+        WhereError: an edit's `where` held no position in the whole run.
+    """
+    for number, edit in enumerate(plan.writes):
+        if not any(f.selected[number] for f in forwards):
+            raise WhereError(
+                f"{type(edit).__name__} at {Site(edit.site).short} selected nothing: where={edit.selection!r} "
+                "holds no position of this batch"
+            )
+    flags: dict[int, list[Tensor]] = {}
+    for forward in forwards:
+        for number, flag in enumerate(forward.changed):
+            if flag is not None:
+                flags.setdefault(number, []).append(flag)
+    if not flags:
+        return
+    device = next(iter(flags.values()))[0].device
+    changed = torch.stack([torch.stack([f.to(device) for f in found]).any() for found in flags.values()]).tolist()
+    for number, did in zip(flags, changed, strict=True):
+        if not did:
+            edit = plan.writes[number]
+            note = f"{type(edit).__name__} at {Site(edit.site).short} changed nothing: the activation already had that value"
+            notes.append(note)
+            warnings.warn(note, stacklevel=4)
+
+
+@contextmanager
+def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
+    """Attach a plan to whatever forwards the caller makes with the model itself; the run holds the latest one's reads."""
+    frame = Frame(ids=None, mask=None, batch=1, length=1, prompt_length=1)
+    forward = Forward(plan, frame, detach=False)
+    values: dict[Site, Tensor] = {}
+    run = Run({}, tokens=None, mask=None, hm=hm)
+    run._values = values
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        forward.frame = _foreign_frame(args, kwargs)
+        forward.results.clear()
+        forward.waiting = set(forward.work)
+        run.tokens = forward.frame.ids
+        check_places(plan, forward.frame)
+
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        forward.check_fired()
+        values.clear()
+        values.update({s: forward.results[s][-1] for s in plan.reads})
+        run._logits = getattr(output, "logits", None)
+        run.mask = forward.frame.known_mask() if forward.frame.lazy_mask is None else None
+
+    handles = [hm.model.register_forward_pre_hook(before, with_kwargs=True)]
+    try:
+        with forward.attached(hm.model):
+            handles.append(hm.model.register_forward_hook(after))
+            yield run
+        if any(flag is not None for flag in forward.changed) or any(forward.selected):
+            write_notes(plan, [forward], run.notes)
+        elif plan.writes:
+            raise HookError("the edits of this hooked() block never ran: no forward of hm.model happened inside it")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _foreign_frame(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
+    """The frame of a forward that somebody else calls, from its own arguments."""
+    ids = args[0] if args else kwargs.get("input_ids")
+    shape = ids if ids is not None else kwargs.get("inputs_embeds")
+    if not isinstance(shape, Tensor) or shape.ndim < 2:
+        raise InterpError("hooked(): the model was called without input_ids or inputs_embeds [batch, pos]")
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    offset = int(cache.get_seq_length()) if cache is not None else 0
+    length = shape.shape[1]
+    lazy = (lambda: mask.bool().cpu()) if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return Frame(
+        ids=ids if offset == 0 else None,
+        mask=None,
+        batch=shape.shape[0],
+        length=length,
+        prompt_length=offset + length,
+        offset=offset,
+        lazy_mask=lazy,
+    )
+
+
+def generation_frame(prompt: Frame, offset: int, length: int, ids: Tensor | None) -> Frame:
+    """Return the frame of one step of a generation."""
+    return replace(prompt, offset=offset, length=length, ids=ids, generating=True)

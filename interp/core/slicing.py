@@ -1,0 +1,120 @@
+"""Slices of activations, taken inside the hook so that only what was asked for is kept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.core.errors import WhereError
+from interp.core.frame import Frame
+from interp.core.place import KEY_SITES
+from interp.core.site import Site
+
+__all__ = ["take"]
+
+
+def take(x: Tensor, site: Site, frame: Frame) -> Tensor:
+    """Return the part of an activation that a site's `.at(…)` asks for.
+
+    An integer drops its axis, a list or slice keeps it; a mask, token ids or a phase flatten batch and position into
+    one axis [n, …].
+
+    Args:
+        x: the whole activation, in the site's axes.
+        site: the site with its slice.
+        frame: the tokens.
+
+    Raises:
+        WhereError: the slice does not fit this batch.
+    """
+    where = site.where
+    if where is None or where.is_all:
+        return x
+    if where.any_of or where.name:
+        raise WhereError(f"{site!r}: a read slice takes pos, head, rows, src or mask; for spans and unions use mask=…")
+    axes = list(site.axes)
+    x, axes = _heads(x, axes, site)
+    if where.src is not None:
+        x, axes = _src(x, axes, site, frame)
+    flat = where.mask is not None or where.tokens is not None or where.phase is not None
+    if flat:
+        return _flat(x, axes, site, frame)
+    if where.pos is not None:
+        x, axes = _positions(x, axes, site, frame)
+    if where.rows is not None:
+        x = _rows(x, where.rows, frame)
+    return x
+
+
+def _heads(x: Tensor, axes: list[str], site: Site) -> tuple[Tensor, list[str]]:
+    where = site.where
+    assert where is not None
+    if where.head is None:
+        return x, axes
+    axis = next((i for i, a in enumerate(axes) if a in ("n_heads", "n_kv_heads")), None)
+    if axis is None:
+        raise WhereError(f"{site!r}: {site.short} has no heads; its axes are {' '.join(site.axes)}")
+    index = where.heads(x.shape[axis], site.short)
+    assert index is not None
+    if isinstance(where.head, int):
+        return x.select(axis, index[0]), [a for i, a in enumerate(axes) if i != axis]
+    return x.index_select(axis, _index(index, x)), axes
+
+
+def _index(index: Any, x: Tensor) -> Tensor:
+    return torch.as_tensor(index, dtype=torch.long).to(x.device, non_blocking=True)
+
+
+def _src(x: Tensor, axes: list[str], site: Site, frame: Frame) -> tuple[Tensor, list[str]]:
+    where = site.where
+    assert where is not None
+    if "src" not in axes:
+        raise WhereError(f"{site!r}: src=… is for pattern and attn_scores; {site.short} has axes {' '.join(site.axes)}")
+    from interp.core.where import Where
+
+    columns = Where(pos=where.src).read_columns(frame)
+    if bool((columns != columns[:1]).any()):
+        raise WhereError(f"{site!r}: src=… falls on different columns in different rows; read the whole axis instead")
+    part = x.index_select(axes.index("src"), _index(columns[0], x))
+    if isinstance(where.src, int):
+        return part.squeeze(axes.index("src")), [a for a in axes if a != "src"]
+    return part, axes
+
+
+def _flat(x: Tensor, axes: list[str], site: Site, frame: Frame) -> Tensor:
+    where = site.where
+    assert where is not None
+    axis = axes.index("pos")
+    start = max(0, frame.total - x.shape[axis]) if site.kind in KEY_SITES else frame.offset
+    chosen = where.columns(frame)[:, start : start + x.shape[axis]]
+    rows, columns = chosen.nonzero(as_tuple=True)
+    moved = x.movedim(axis, 1)
+    index = rows * moved.shape[1] + columns
+    return moved.reshape(-1, *moved.shape[2:]).index_select(0, _index(index, x))
+
+
+def _positions(x: Tensor, axes: list[str], site: Site, frame: Frame) -> tuple[Tensor, list[str]]:
+    where = site.where
+    assert where is not None
+    axis = axes.index("pos")
+    start = max(0, frame.total - x.shape[axis]) if site.kind in KEY_SITES else frame.offset
+    columns = where.read_columns(frame) - start
+    if bool(((columns < 0) | (columns >= x.shape[axis])).any()):
+        raise WhereError(f"{site!r}: this forward holds columns {start} to {start + x.shape[axis] - 1} only; read all and slice")
+    per_row = isinstance(where.pos, int) or (isinstance(where.pos, Tensor) and where.pos.ndim == 1)
+    if bool((columns == columns[:1]).all()):
+        part = x.select(axis, int(columns[0, 0])) if per_row else x.index_select(axis, _index(columns[0], x))
+        return part, ([a for a in axes if a != "pos"] if per_row else axes)
+    moved = x.movedim(axis, 1)
+    index = _index(columns, x).reshape(*columns.shape, *[1] * (moved.ndim - 2)).expand(*columns.shape, *moved.shape[2:])
+    part = moved.gather(1, index)
+    if per_row:
+        return part.squeeze(1), [a for a in axes if a != "pos"]
+    return part.movedim(1, axis), axes
+
+
+def _rows(x: Tensor, rows: Any, frame: Frame) -> Tensor:
+    from interp.core.where import Where
+
+    chosen = Where(rows=rows).row_mask(frame).nonzero()[:, 0]
+    return x.index_select(0, _index(chosen, x))

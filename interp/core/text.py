@@ -1,0 +1,191 @@
+"""Text to tokens and back: `Tokens` is a padded batch that knows its pads, its special tokens and its named spans."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from interp.core.errors import DataError
+
+__all__ = ["Chat", "Tokens", "chat_tokens", "pad_rows", "special_mask", "str_tokens", "tokenize"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of token ids with its padding known.
+
+    Args:
+        ids: token ids.
+        mask: True where a column holds a real token.
+        spans: named positions, such as "user"; True where the span is.
+        bos: whether rows begin with the tokenizer's BOS.
+    """
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    spans: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
+    bos: bool = False
+    tokenizer: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.mask.shape:
+            raise DataError(f"ids {tuple(self.ids.shape)} and mask {tuple(self.mask.shape)} must have one shape [batch, pos]")
+        for name, span in self.spans.items():
+            if span.shape != self.ids.shape or span.dtype != torch.bool:
+                raise DataError(f"span {name!r} must be bool {tuple(self.ids.shape)}, got {span.dtype} {tuple(span.shape)}")
+        if not bool(self.mask.any(dim=1).all()):
+            row = int((~self.mask.any(dim=1)).nonzero()[0, 0])
+            raise DataError(f"row {row} has no tokens; every row needs at least one (empty text without BOS?)")
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def str_tokens(self) -> list[list[str]]:
+        """The text of each token, row by row, pads included as they decode."""
+        return str_tokens(self.tokenizer, self.ids)
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens per row."""
+        return self.mask.sum(dim=1)
+
+    def left_padded(self, pad_id: int) -> "Tokens":
+        """Return the same rows with their pads in front (what generation needs)."""
+        if bool(self.mask[:, -1].all()):
+            return self
+        shift = [int(row.flip(0).int().argmax()) for row in self.mask]
+        spans = {n: _roll(s, shift) for n, s in self.spans.items()}
+        mask = _roll(self.mask, shift)
+        return replace(self, ids=_roll(self.ids, shift).masked_fill(~mask, pad_id), mask=mask, spans=spans)
+
+
+def _roll(x: Tensor, shifts: Sequence[int]) -> Tensor:
+    return torch.stack([row.roll(s) for row, s in zip(x, shifts, strict=True)])
+
+
+@dataclass(frozen=True)
+class Chat(Tokens):
+    """A conversation in the model's chat template; `spans` hold one entry per role ("user", "assistant", …)."""
+
+    text: str = ""
+
+
+def pad_rows(rows: Sequence[Sequence[int]], pad_id: int, *, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Return ids [batch pos] and mask of ragged rows.
+
+    Raises:
+        DataError: no rows, an empty row, or something that is no whole number.
+    """
+    if not rows:
+        raise DataError("no rows of tokens were given")
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        if not row:
+            raise DataError(f"row {i} has no tokens; every row needs at least one (empty text without BOS?)")
+        try:
+            values = torch.tensor(row)
+        except (TypeError, ValueError) as err:
+            raise DataError(f"row {i} holds something that is no token id: {str(err)[:100]}") from None
+        if values.ndim != 1 or values.dtype.is_floating_point or values.dtype == torch.bool:
+            raise DataError(f"row {i} must be a list of whole numbers, got {values.dtype} {tuple(values.shape)}")
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[i, place] = values
+        mask[i, place] = True
+    return ids, mask
+
+
+def _need(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise DataError(f"{what} needs a tokenizer, and this model was loaded without one; give load(model, tokenizer)")
+    return tokenizer
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """The id that fills pads; which one does not matter, the mask says where they are."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        value = getattr(tokenizer, name, None)
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def tokenize(tokenizer: Any, text: "str | Sequence[str]", *, bos: bool | None = None, side: str = "right") -> Tokens:
+    """Return the tokens of one text or several.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        text: a string, or a list of strings (padded to one length).
+        bos: None follows the tokenizer's own habit; True puts its BOS first; False leaves special tokens out.
+        side: where pads go.
+
+    Raises:
+        DataError: no tokenizer, no text, or a BOS asked of a tokenizer that has none.
+    """
+    _need(tokenizer, "text")
+    texts = [text] if isinstance(text, str) else list(text)
+    wrong = next((t for t in texts if not isinstance(t, str)), None)
+    if wrong is not None:
+        raise DataError(f"a list of texts holds {type(wrong).__name__}: {str(wrong)[:60]!r}")
+    if not texts:
+        raise DataError("no text was given")
+    bos_id = getattr(tokenizer, "bos_token_id", None)
+    if bos and bos_id is None:
+        raise DataError(f"bos=True, but this tokenizer ({type(tokenizer).__name__}) has no BOS token; leave bos out")
+    rows = [list(tokenizer(t, add_special_tokens=bos is not False).input_ids) for t in texts]
+    if bos:
+        rows = [row if row[:1] == [bos_id] else [bos_id, *row] for row in rows]
+    ids, mask = pad_rows(rows, pad_id_of(tokenizer), side=side)
+    return Tokens(ids, mask, bos=bos_id is not None and all(row[:1] == [bos_id] for row in rows), tokenizer=tokenizer)
+
+
+def chat_tokens(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = True) -> Chat:
+    """Return a conversation in the tokenizer's chat template, without a second BOS, with one span per role.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: a list of {"role": …, "content": …}.
+        add_generation_prompt: end with the header of the assistant's turn.
+
+    Raises:
+        DataError: no template, or messages of another form.
+    """
+    _need(tokenizer, "a chat")
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("this tokenizer has no chat template (a base model?); give run and generate plain text instead")
+    good = isinstance(messages, Sequence) and bool(messages) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages)
+    if not good:
+        raise DataError("chat takes a list of messages such as [{'role': 'user', 'content': 'Hello'}]")
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(getattr(tokenizer, "is_fast", False)))
+    ids = torch.tensor([encoded.input_ids])
+    spans: dict[str, Tensor] = {}
+    offsets, start = encoded.get("offset_mapping"), 0
+    for message in messages:
+        content = str(message["content"]).strip()
+        begin = text.find(content, start)
+        if offsets is None or begin < 0 or not content:
+            continue
+        start = begin + len(content)
+        inside = torch.tensor([[a < start and b > begin and b > a for a, b in offsets]])
+        spans[message["role"]] = spans[message["role"]] | inside if message["role"] in spans else inside
+    bos_id = getattr(tokenizer, "bos_token_id", None)
+    has_bos = bos_id is not None and encoded.input_ids[:1] == [bos_id]
+    return Chat(ids, torch.ones_like(ids, dtype=torch.bool), spans=spans, bos=has_bos, tokenizer=tokenizer, text=text)
+
+
+def str_tokens(tokenizer: Any, ids: Int[Tensor, "batch pos"]) -> list[list[str]]:
+    """Return the text of every token."""
+    _need(tokenizer, "str_tokens")
+    return [[tokenizer.decode([int(i)]) for i in row] for row in ids]
+
+
+def special_mask(tokenizer: Any, ids: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
+    """Return True where a token is one of the tokenizer's special tokens (BOS, EOS, pad, …)."""
+    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", []) or []), dtype=ids.dtype, device=ids.device)
+    return torch.isin(ids, special)
