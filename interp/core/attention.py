@@ -12,8 +12,9 @@ entry for it would replace the model's own default for every model of the proces
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import HookError
 
-__all__ = ["CURRENT", "LayerTap", "TapSite", "attention_scores", "install_tap", "scores_to_pattern"]
+__all__ = ["CURRENT", "LayerTap", "TapSite", "additive_mask", "attention_scores", "install_tap"]
 
 
 class _State(Protocol):
@@ -52,10 +53,12 @@ def install_tap() -> None:
         return functools.partial(_tapped, state, kernel, default)
 
     get_interface._interp_tap = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_interface
 
 
-def _tapped(state: _State, kernel: Callable[..., Any], default: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _tapped(
+    state: _State, kernel: Callable[..., Any], default: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
     tap = state.taps.get(id(module))
     if tap is None:
         return kernel(module, *args, **kwargs)
@@ -65,11 +68,71 @@ def _tapped(state: _State, kernel: Callable[..., Any], default: Callable[..., An
 class TapSite(Protocol):
     """What a run does at one tapped site: edits in order, then reads."""
 
-    differentiated: bool
-    edited: bool
+    @property
+    def touches(self) -> bool:
+        """Whether the layer must go on with what `visit` returns."""
 
     def visit(self, x: Tensor) -> Tensor:
         """Return the site's tensor after its edits; it has been read."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of an attention kernel: queries and keys after rotary, the mask in additive form."""
+
+    module: nn.Module
+    default: Callable[..., Any] | None
+    query: Float[Tensor, "batch n_heads pos d_head"]
+    key: Float[Tensor, "batch n_kv_heads src d_head"]
+    value: Float[Tensor, "batch n_kv_heads src d_v"]
+    mask: Tensor | None
+    kwargs: dict[str, Any]
+
+    def pattern(self) -> Float[Tensor, "batch n_heads pos src"]:
+        """The pattern by the model's own eager function: its soft-cap, sinks and upcasting are the model's."""
+        eager = self.default if self.default is not None else _eager_of(self.module)
+        arguments = {**self.kwargs, "dropout": 0.0}
+        weights = eager(self.module, self.query, self.key, self.value, self.mask, **arguments)[1]
+        if weights is None:
+            raise HookError(f"the eager attention of {type(self.module).__name__} gave no weights; read z instead")
+        return weights
+
+    def scores(self) -> Float[Tensor, "batch n_heads pos src"]:
+        """Scores by our formula, which is compared with the model's own pattern once per class and dtype."""
+        scores = attention_scores(self.query, self.key, self.mask, self.kwargs)
+        seen = (type(self.module), self.query.dtype)
+        if seen not in _CHECKED:
+            with torch.no_grad():
+                off = float((self.softmax(scores).float() - self.pattern().float()).abs().max())
+            if not off <= (1e-4 if self.query.dtype in (torch.float32, torch.float64) else 2e-2):
+                raise HookError(
+                    f"attn_scores of {type(self.module).__name__}: softmax(scores) is off the model's own pattern by "
+                    f"{off:.1e}, so this attention computes scores in another way; read pattern instead"
+                )
+            _CHECKED.add(seen)
+        return scores
+
+    def softmax(self, scores: Float[Tensor, "batch n_heads pos src"]) -> Float[Tensor, "batch n_heads pos src"]:
+        """The pattern of scores, in fp32; attention sinks (GPT-OSS) take their share, so rows then sum to less than 1."""
+        sinks = self.kwargs.get("s_aux")
+        if sinks is None:
+            sinks = getattr(self.module, "sinks", None)
+        wide = scores.float()
+        if sinks is None:
+            return wide.softmax(-1).to(self.query.dtype)
+        column = sinks.float().reshape(1, -1, 1, 1).expand(*wide.shape[:3], 1)
+        return torch.cat([wide, column], dim=-1).softmax(-1)[..., :-1].to(self.query.dtype)
+
+    def output(self, pattern: Float[Tensor, "batch n_heads pos src"]) -> Float[Tensor, "batch pos n_heads d_v"]:
+        """The heads' outputs of a pattern."""
+        dropout = self.kwargs.get("dropout") or 0.0
+        weights = nn.functional.dropout(pattern, p=dropout, training=self.module.training).to(self.value.dtype)
+        repeat = self.query.shape[1] // self.value.shape[1]
+        return torch.matmul(weights, self.value.repeat_interleave(repeat, dim=1)).transpose(1, 2).contiguous()
+
+
+_CHECKED: set[tuple[type, torch.dtype]] = set()
+"""Attention classes whose score formula has been compared with their own pattern in this process."""
 
 
 class LayerTap:
@@ -77,92 +140,42 @@ class LayerTap:
 
     Args:
         sites: kind ("rot_q", "rot_k", "attn_scores", "pattern") → what to do there.
-        path: the attention module's path, for messages.
-        checked: modules' classes whose score formula has been checked in this process.
     """
 
-    checked: set[tuple[type, str]] = set()
-
-    def __init__(self, sites: dict[str, TapSite], path: str) -> None:
+    def __init__(self, sites: Mapping[str, TapSite]) -> None:
         self.sites = sites
-        self.path = path
 
     def __call__(
         self,
         kernel: Callable[..., Any],
-        default: Callable[..., Any],
+        default: Callable[..., Any] | None,
         module: nn.Module,
-        query: Float[Tensor, "batch n_heads pos d_head"],
-        key: Float[Tensor, "batch n_kv_heads src d_head"],
-        value: Float[Tensor, "batch n_kv_heads src d_v"],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call the kernel as the model would, with this run's edits and reads around it."""
-        query = self._visit_heads("rot_q", query)
-        key = self._visit_heads("rot_k", key)
-        scores_site, pattern_site = self.sites.get("attn_scores"), self.sites.get("pattern")
-        wanted = [s for s in (scores_site, pattern_site) if s is not None]
-        if not wanted:
+        query, key = self._heads("rot_q", query), self._heads("rot_k", key)
+        scores, pattern = self.sites.get("attn_scores"), self.sites.get("pattern")
+        if scores is None and pattern is None:
             return kernel(module, query, key, value, attention_mask, **kwargs)
-        mask = additive_mask(attention_mask, query, key, kwargs)
-        if any(s.edited or s.differentiated for s in wanted):
-            return self._own_path(default, module, query, key, value, mask, kwargs)
+        call = _Call(module, default, query, key, value, additive_mask(attention_mask, query, key, kwargs), kwargs)
+        if any(site is not None and site.touches for site in (scores, pattern)):
+            weights = call.softmax(scores.visit(call.scores())) if scores is not None else call.pattern()
+            weights = weights if pattern is None else pattern.visit(weights)
+            return call.output(weights), weights
         out = kernel(module, query, key, value, attention_mask, **kwargs)
-        if scores_site is not None:
-            scores_site.visit(self._scores(default, module, query, key, value, mask, kwargs))
-        if pattern_site is not None:
-            pattern_site.visit(self._eager(default, module, query, key, value, mask, kwargs))
+        if scores is not None:
+            scores.visit(call.scores())
+        if pattern is not None:
+            pattern.visit(call.pattern())
         return out
 
-    def _visit_heads(self, kind: str, x: Tensor) -> Tensor:
+    def _heads(self, kind: str, x: Tensor) -> Tensor:
         site = self.sites.get(kind)
         return x if site is None else site.visit(x.transpose(1, 2)).transpose(1, 2)
-
-    def _own_path(
-        self, default: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Attention by our own formula, for a layer whose scores or pattern are edited or differentiated."""
-        scores_site, pattern_site = self.sites.get("attn_scores"), self.sites.get("pattern")
-        if scores_site is not None:
-            scores = scores_site.visit(self._scores(default, module, query, key, value, mask, kwargs))
-            pattern = scores_to_pattern(scores, module, kwargs).to(query.dtype)
-        else:
-            pattern = self._eager(default, module, query, key, value, mask, kwargs)
-        if pattern_site is not None:
-            pattern = pattern_site.visit(pattern)
-        weights = nn.functional.dropout(pattern, p=kwargs.get("dropout") or 0.0, training=module.training)
-        repeat = query.shape[1] // value.shape[1]
-        z = torch.matmul(weights.to(value.dtype), value.repeat_interleave(repeat, dim=1))
-        return z.transpose(1, 2).contiguous(), pattern
-
-    def _eager(
-        self, default: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Any
-    ) -> Tensor:
-        """The pattern by the model's own eager function: its soft-cap, sinks and upcasting are the model's."""
-        eager = default if default is not None else _eager_of(module)
-        weights = eager(module, query, key, value, mask, **{**kwargs, "dropout": 0.0})[1]
-        if weights is None:
-            raise HookError(f"the eager attention of {self.path} ({type(module).__name__}) gave no weights; read z instead")
-        return weights
-
-    def _scores(
-        self, default: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: Any
-    ) -> Tensor:
-        scores = attention_scores(query, key, mask, module, kwargs)
-        seen = (type(module), str(query.dtype))
-        if seen not in LayerTap.checked:
-            with torch.no_grad():
-                ours = scores_to_pattern(scores, module, kwargs).float()
-                theirs = self._eager(default, module, query, key, value, mask, kwargs).float()
-                off = float((ours - theirs).abs().max())
-            if not off <= (1e-4 if query.dtype in (torch.float32, torch.float64) else 2e-2):
-                raise HookError(
-                    f"attn_scores of {self.path} ({type(module).__name__}): softmax(scores) is off the model's own "
-                    f"pattern by {off:.1e}, so this attention computes scores in another way; read pattern instead"
-                )
-            LayerTap.checked.add(seen)
-        return scores
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:
@@ -171,7 +184,9 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
         found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if found is not None:
             return found
-    raise HookError(f"{type(module).__name__} has no eager attention function to recompute its pattern with; read z instead")
+    raise HookError(
+        f"{type(module).__name__} has no eager attention function to recompute its pattern with; read z instead"
+    )
 
 
 def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Any) -> Tensor | None:
@@ -204,14 +219,13 @@ def additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, kwargs: Any) 
     return zero.masked_fill(~allowed, torch.finfo(query.dtype).min)
 
 
-def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, module: nn.Module, kwargs: Any) -> Tensor:
+def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, kwargs: Any) -> Tensor:
     """Return softcap(q kᵀ · scale) + mask, [batch n_heads pos src].
 
     Args:
         query: [batch n_heads pos d_head], after rotary.
         key: [batch n_kv_heads src d_head], after rotary; repeated over each group of query heads.
         mask: additive.
-        module: the attention module.
         kwargs: the kernel's arguments; `scaling` and `softcap` are read.
     """
     scale = kwargs.get("scaling")
@@ -221,15 +235,3 @@ def attention_scores(query: Tensor, key: Tensor, mask: Tensor | None, module: nn
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
     return scores if mask is None else scores + mask
-
-
-def scores_to_pattern(scores: Float[Tensor, "batch n_heads pos src"], module: nn.Module, kwargs: Any) -> Float[Tensor, "batch n_heads pos src"]:
-    """Return softmax(scores) in fp32; attention sinks (GPT-OSS) take their share, so rows then sum to less than 1."""
-    sinks = kwargs.get("s_aux")
-    if sinks is None:
-        sinks = getattr(module, "sinks", None)
-    wide = scores.float()
-    if sinks is None:
-        return wide.softmax(-1).to(scores.dtype)
-    column = sinks.float().reshape(1, -1, 1, 1).expand(*wide.shape[:3], 1)
-    return torch.cat([wide, column], dim=-1).softmax(-1)[..., :-1].to(scores.dtype)

@@ -20,7 +20,9 @@ _POST_NORM_PATHS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _ADDED_INSIDE = {"bloom"}  # the attention and MLP modules of these families already add the residual
 _GROUPED_QKV = {"gpt_neox": "per_head", "bloom": "per_head"}
 _PATTERN_OUTPUT = {"gpt_neo", "gptj", "bloom", "codegen", "mpt"}
-_NO_PATTERN = {"falcon": "Falcon calls SDPA inside its own attention module, which gives no weights and no place to tap them"}
+_NO_PATTERN = {
+    "falcon": "Falcon calls SDPA inside its own attention module, which gives no weights and no place to tap them"
+}
 _ROUTERS = {"gpt_oss": "router"}  # mixtures whose router TransformerLens' map leaves out
 _QK_NORM_HEADS_FIRST = {"gemma3_text": True, "stablelm": True, "qwen3": False, "qwen3_moe": False}
 _NOT_ROTARY = {"gpt2", "gpt_neo", "opt", "bloom", "gpt_bigcode", "mpt"}
@@ -183,7 +185,7 @@ def _attribute(config: Any, *names: str) -> int:
 def _in_features(module: nn.Module) -> int:
     """Inputs of a Linear or of a GPT-2 Conv1D (whose weight is [in, out])."""
     features = getattr(module, "in_features", None)
-    return int(features if features is not None else module.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+    return int(features if features is not None else module.weight.shape[0])  # type: ignore[union-attr, index]
 
 
 def _n_kv_heads(config: Any, family: str, n_heads: int) -> int:
@@ -237,7 +239,7 @@ def _reasons(config: Any, family: str, paths: dict[str, str], parallel: bool) ->
         reasons["ln2"] = "it has no norm before the MLP; the norm on the MLP's output is ln2_post"
     if "mlp.out" not in paths:
         why = "its MLP is a mixture of experts whose weights are 3-D parameters, not modules that hooks can reach"
-        reasons.update({kind: why for kind in ("mlp_pre", "mlp_pre_linear", "mlp_post")})
+        reasons.update(dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post"), why))
     if not _is_rotary(config, family):
         reasons["rot_q"] = reasons["rot_k"] = "it does not rotate queries and keys; use q and k"
     if family in _PATTERN_OUTPUT:
@@ -246,10 +248,10 @@ def _reasons(config: Any, family: str, paths: dict[str, str], parallel: bool) ->
         reasons.setdefault("rot_q", why)
         reasons.setdefault("rot_k", why)
     if family in _NO_PATTERN:
-        reasons.update({kind: _NO_PATTERN[family] for kind in ("attn_scores", "pattern", "rot_q", "rot_k")})
+        reasons.update(dict.fromkeys(("attn_scores", "pattern", "rot_q", "rot_k"), _NO_PATTERN[family]))
     if getattr(config, "do_layer_norm_before", True) is False:
         why = "its norms sit on the residual stream itself (do_layer_norm_before=False)"
-        reasons.update({kind: why for kind in ("ln1", "ln2", "attn_in", "mlp_in", "resid_mid")})
+        reasons.update(dict.fromkeys(("ln1", "ln2", "attn_in", "mlp_in", "resid_mid"), why))
     if "mlp.gate" not in paths and "mlp.gate_up" not in paths:
         reasons.setdefault("mlp_pre_linear", "its MLP is not gated; use mlp_pre")
     if "mlp" not in paths:

@@ -68,9 +68,11 @@ class Plan:
             for site in atlas.expand(edit.site):
                 point = atlas.point(site)
                 if point.read_only:
-                    raise SiteError(f"{site.short!r} of {atlas.map.family} can be read but not edited: {point.read_only}")
+                    raise SiteError(
+                        f"{site.short!r} of {atlas.map.family} can be read but not edited: {point.read_only}"
+                    )
                 writes.append(replace(edit, site=site))
-        places = {s.key: atlas.point(s) for s in [*reads, *(w.site for w in writes)]}  # type: ignore[union-attr]
+        places = {s.key: atlas.point(s) for s in [*reads, *(Site(w.site) for w in writes)]}
         return Plan(tuple(reads), tuple(writes), tuple(places.values()))
 
 
@@ -92,15 +94,6 @@ class _Work:
     point: Point
     reads: list[Site]
     edits: list[tuple[int, Intervention]]
-    fired: int = 0
-
-    @property
-    def edited(self) -> bool:
-        return bool(self.edits)
-
-    @property
-    def differentiated(self) -> bool:
-        return self.forward.differentiate
 
     def visit(self, x: Tensor) -> Tensor:
         """Make the edits in list order, then the reads; return the tensor that the model goes on with."""
@@ -111,14 +104,13 @@ class _Work:
             x = forward.on_path(site, x)
         for read in self.reads:
             forward.keep(read, x)
-        self.fired += 1
         forward.waiting.discard(site.key)
         return x
 
     @property
     def touches(self) -> bool:
         """Whether the module must get the tensor back."""
-        return self.edited or (self.forward.differentiate and bool(self.reads))
+        return bool(self.edits) or (self.forward.differentiate and bool(self.reads))
 
 
 @dataclass
@@ -156,7 +148,7 @@ class Forward:
         for read in self.plan.reads:
             work[read.key].reads.append(read)
         for number, edit in enumerate(self.plan.writes):
-            work[edit.site.key].edits.append((number, edit))  # type: ignore[union-attr]
+            work[Site(edit.site).key].edits.append((number, edit))
         self.work = work
 
     # -- at a site ----------------------------------------------------------------------------------------------
@@ -172,7 +164,9 @@ class Forward:
         except (ShapeError, SiteError, WhereError):
             raise
         except Exception as err:
-            err.add_note(f"raised inside {type(edit).__name__} at {place.site.short}, activation {tuple(x.shape)} {x.dtype}")
+            err.add_note(
+                f"raised inside {type(edit).__name__} at {place.site.short}, activation {tuple(x.shape)} {x.dtype}"
+            )
             raise
         _check_edit(edit, place.site, x, new)
         if chosen is not None:
@@ -250,7 +244,7 @@ class Forward:
         if side == "in":
             handles.append(module.register_forward_pre_hook(self._pre_hook(works), with_kwargs=True))
         elif side == "tap":
-            self.taps[id(module)] = LayerTap({w.point.site.kind: w for w in works}, works[0].point.path)
+            self.taps[id(module)] = LayerTap({w.point.site.kind: w for w in works})
         else:
             hook = self._weights_hook(works[0]) if side == "weights" else self._post_hook(works)
             handles.append(module.register_forward_hook(hook))
@@ -297,9 +291,13 @@ class Forward:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if CURRENT.get() is not self:
                 return
-            tensors = [t for t in output[1:] if isinstance(t, Tensor) and t.ndim == 4] if isinstance(output, tuple) else []
+            tensors = (
+                [t for t in output[1:] if isinstance(t, Tensor) and t.ndim == 4] if isinstance(output, tuple) else []
+            )
             if not tensors:
-                raise HookError(f"{work.point.path} gave no attention weights; {work.point.site.short} cannot be read here")
+                raise HookError(
+                    f"{work.point.path} gave no attention weights; {work.point.site.short} cannot be read here"
+                )
             work.visit(tensors[0])
             self._maybe_stop()
 
@@ -418,8 +416,10 @@ class Forward:
             return
         missed = [self.work[key].point for key in self.waiting]
         names = ", ".join(sorted(p.site.short for p in missed))
-        why = "this attention does not go through transformers' attention interface" if missed[0].side == "tap" else (
-            f"the forward pass never called {missed[0].path!r}"
+        why = (
+            "this attention does not go through transformers' attention interface"
+            if missed[0].side == "tap"
+            else (f"the forward pass never called {missed[0].path!r}")
         )
         raise HookError(f"nothing happened at {names}: {why}; the result would have been silently wrong")
 

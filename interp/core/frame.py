@@ -83,7 +83,9 @@ class Frame:
     def known_ids(self) -> Int[Tensor, "batch total"]:
         """The token ids of every column up to `total`; refuses when the forward was given embeddings."""
         if self.ids is None:
-            raise WhereError("Where(tokens=…) needs token ids, but this forward was given embeddings; use mask=… instead")
+            raise WhereError(
+                "Where(tokens=…) needs token ids, but this forward was given embeddings; use mask=… instead"
+            )
         return self.memo("known_ids", lambda: self.ids.cpu()[:, : self.total])  # type: ignore[union-attr]
 
     def memo(self, key: object, make: Callable[[], object]):  # type: ignore[no-untyped-def]

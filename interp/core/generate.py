@@ -35,7 +35,9 @@ class Generation(Run):
     at pads and after a row's end of text.
     """
 
-    def __init__(self, values: Any, *, tokens: Tensor, mask: Tensor, prompt_length: int, notes: list[str], hm: "HookManager") -> None:
+    def __init__(
+        self, values: Any, *, tokens: Tensor, mask: Tensor, prompt_length: int, notes: list[str], hm: "HookManager"
+    ) -> None:
         super().__init__(values, tokens=tokens, mask=mask, notes=notes, hm=hm)
         self.prompt_length = prompt_length
 
@@ -50,7 +52,10 @@ class Generation(Run):
         """What each row said, without the prompt and without special tokens."""
         assert self.mask is not None
         kept = self.mask[:, self.prompt_length :]
-        return [self.hm.tokenizer.decode(row[m].tolist(), skip_special_tokens=True) for row, m in zip(self.new_tokens.cpu(), kept, strict=True)]
+        return [
+            self.hm.tokenizer.decode(row[m].tolist(), skip_special_tokens=True)
+            for row, m in zip(self.new_tokens.cpu(), kept, strict=True)
+        ]
 
 
 def generate_pass(
@@ -86,7 +91,9 @@ def generate_pass(
     notes = list(hm.notes_for(tokens))
     write_notes(plan, [forward], notes)
     values = {read: steps.stacked(read) for read in plan.reads}
-    return Generation(values, tokens=ids, mask=_mask(hm, tokens, ids), prompt_length=tokens.ids.shape[1], notes=notes, hm=hm)
+    return Generation(
+        values, tokens=ids, mask=_mask(hm, tokens, ids), prompt_length=tokens.ids.shape[1], notes=notes, hm=hm
+    )
 
 
 def _check(max_new_tokens: int, temperature: float, extra: dict[str, Any], plan: Plan) -> None:
@@ -99,14 +106,20 @@ def _check(max_new_tokens: int, temperature: float, extra: dict[str, Any], plan:
             raise DataError(f"generate with {name}={extra[name]!r} is refused: {why}")
     keyed = {"rot_k", "pattern", "attn_scores"}
     if extra.get("cache_implementation") is not None and any(p.site.kind in keyed for p in plan.points):
-        raise DataError("rot_k, pattern and attn_scores need the model's own growing cache; leave cache_implementation out")
+        raise DataError(
+            "rot_k, pattern and attn_scores need the model's own growing cache; leave cache_implementation out"
+        )
     for read in plan.reads:
         where = read.where
         if where is not None and (where.selects_positions or where.src is not None):
-            raise WhereError(f"{read!r}: generate stacks every position; read them all (heads may be chosen) and slice the result")
+            raise WhereError(
+                f"{read!r}: generate stacks every position; read them all (heads may be chosen) and slice the result"
+            )
 
 
-def _arguments(hm: "HookManager", tokens: Tokens, max_new_tokens: int, temperature: float, use_cache: bool) -> dict[str, Any]:
+def _arguments(
+    hm: "HookManager", tokens: Tokens, max_new_tokens: int, temperature: float, use_cache: bool
+) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": temperature > 0,
@@ -156,7 +169,11 @@ class _Steps:
     def stacked(self, read: Site) -> Tensor:
         """Join the steps along positions; without a cache the last step holds them all."""
         parts = self.forward.results[read]
-        axes = [a for a in read.axes if not (isinstance(getattr(read.where, "head", None), int) and a in ("n_heads", "n_kv_heads"))]
+        axes = [
+            a
+            for a in read.axes
+            if not (isinstance(getattr(read.where, "head", None), int) and a in ("n_heads", "n_kv_heads"))
+        ]
         if len(parts) == 1 or read.kind == "rot_k":
             return parts[-1]
         if "src" in axes:

@@ -55,11 +55,15 @@ class Intervention:
     def __post_init__(self) -> None:
         for f in fields(self):
             if f.name == "where" and not isinstance(getattr(self, f.name), Where):
-                raise ShapeError(f"{type(self).__name__}(where=…) needs a Where, got {type(getattr(self, f.name)).__name__}")
+                raise ShapeError(
+                    f"{type(self).__name__}(where=…) needs a Where, got {type(getattr(self, f.name)).__name__}"
+                )
         if not isinstance(self.site, Site | str):
             raise SiteError(f"{type(self).__name__} needs a site such as '6.resid_post', got {self.site!r}")
         if isinstance(self.site, Site) and self.site.where is not None:
-            raise SiteError(f"{type(self).__name__}({self.site!r}): say where an edit acts with where=Where(…), not with .at(…)")
+            raise SiteError(
+                f"{type(self).__name__}({self.site!r}): say where an edit acts with where=Where(…), not with .at(…)"
+            )
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return the site's tensor with the edit made everywhere.
@@ -167,7 +171,9 @@ class Ablate(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.how not in ("zero", "mean", "resample"):
-            raise ShapeError(f"Ablate(how={self.how!r}): expected 'zero', 'mean' or 'resample'; for a given mean use Replace")
+            raise ShapeError(
+                f"Ablate(how={self.how!r}): expected 'zero', 'mean' or 'resample'; for a given mean use Replace"
+            )
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return zeros, the mean, or other rows."""
@@ -225,7 +231,9 @@ class SetProjection(Intervention):
         _tensor("SetProjection", "direction", self.direction)
         _finite("SetProjection", "value", self.value)
         if self.direction.ndim != 1 or not float(self.direction.detach().float().norm()) > 0:
-            raise ShapeError(f"SetProjection(direction=…) needs a non-zero vector [d], got {tuple(self.direction.shape)}")
+            raise ShapeError(
+                f"SetProjection(direction=…) needs a non-zero vector [d], got {tuple(self.direction.shape)}"
+            )
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x with the coordinate set."""
@@ -369,7 +377,9 @@ class Splice(Intervention):
         super().__post_init__()
         missing = [n for n in ("encode", "decode") if not callable(getattr(self.dictionary, n, None))]
         if missing:
-            raise ShapeError(f"Splice needs something with encode and decode; {type(self.dictionary).__name__} lacks {missing}")
+            raise ShapeError(
+                f"Splice needs something with encode and decode; {type(self.dictionary).__name__} lacks {missing}"
+            )
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return the reconstruction."""

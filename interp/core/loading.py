@@ -60,12 +60,18 @@ def load_model(
     wanted = to_dtype(dtype)
     if isinstance(source, nn.Module):
         if model_kwargs or device_map is not None or revision is not None:
-            raise ModelError("model_kwargs, device_map and revision are for loading by name; this model is in memory already")
+            raise ModelError(
+                "model_kwargs, device_map and revision are for loading by name; this model is in memory already"
+            )
         model = source
         if wanted is not None and next(model.parameters()).dtype != wanted:
-            raise ModelError(f"this model is in memory as {next(model.parameters()).dtype}; convert it yourself with model.to({wanted})")
+            raise ModelError(
+                f"this model is in memory as {next(model.parameters()).dtype}; convert it yourself with model.to({wanted})"
+            )
         if device is not None and next(model.parameters()).device != torch.empty(0, device=device).device:
-            raise ModelError(f"this model is on {next(model.parameters()).device}; move it yourself with model.to({str(device)!r})")
+            raise ModelError(
+                f"this model is on {next(model.parameters()).device}; move it yourself with model.to({str(device)!r})"
+            )
         name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
         return Loaded(model, tokenizer, name, None)
     if not isinstance(source, str | Path):
@@ -115,7 +121,9 @@ def _from_pretrained(
 def _check_folder(name: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
-        raise ModelError(f"the folder {name!r} holds no config.json; a Hugging Face folder is made by model.save_pretrained")
+        raise ModelError(
+            f"the folder {name!r} holds no config.json; a Hugging Face folder is made by model.save_pretrained"
+        )
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not path.is_dir():
         raise ModelError(f"there is no folder {name!r} (looked from {Path.cwd().name}/)")

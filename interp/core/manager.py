@@ -14,6 +14,7 @@ from interp.core.attention import install_tap
 from interp.core.engine import Plan
 from interp.core.errors import DataError, ModelError
 from interp.core.generate import Generation, generate_pass
+from interp.core.inputs import Inputs, check_positions, check_tokens, read_inputs
 from interp.core.intervention import Intervention
 from interp.core.loading import load_model, skeleton
 from interp.core.modelmap import ModelMap
@@ -22,15 +23,12 @@ from interp.core.points import Atlas
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.sitetable import SiteTable
-from interp.core.text import Chat, Tokens, chat_tokens, pad_id_of, pad_rows, special_mask, str_tokens, tokenize
+from interp.core.text import Chat, Tokens, chat_tokens, special_mask, str_tokens, tokenize
 
 if TYPE_CHECKING:
     from interp.core.weights import Weights
 
 __all__ = ["HookManager", "sites_of"]
-
-Inputs = Any
-"""Text, a list of texts, a LongTensor [batch pos], a list of lists of ids, or `Tokens`."""
 
 _USUALLY_BOS = ("gpt2", "gpt_neox", "gpt_neo", "gptj")
 
@@ -42,9 +40,11 @@ class HookManager:
     no weight centred, unless `folded()` is asked for. Loading changes nothing of the model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, modelmap: ModelMap, *, name: str = "", revision: str | None = None) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, modelmap: ModelMap, *, name: str = "", revision: str | None = None
+    ) -> None:
         self.model = model
-        self.root: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.root: nn.Module = _base_of(model)
         self.tokenizer = tokenizer
         self.map = modelmap
         self.name = name
@@ -95,7 +95,7 @@ class HookManager:
         )
         _refuse_unhookable(loaded.model)
         install_tap()
-        root = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
+        root = _base_of(loaded.model)
         modelmap = map or _map_of(root)
         modelmap.check(root)
         return cls(loaded.model, loaded.tokenizer, modelmap, name=loaded.name, revision=loaded.revision)
@@ -105,7 +105,7 @@ class HookManager:
     @property
     def config(self) -> Any:
         """The model's (text) config."""
-        config = getattr(self.root, "config", None)
+        config: Any = getattr(self.root, "config", None)
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
     @property
@@ -184,67 +184,12 @@ class HookManager:
         Raises:
             DataError: nothing to run, ids outside the vocabulary, or a mask that does not fit.
         """
-        if isinstance(inputs, Tokens):
-            tokens = inputs
-        elif isinstance(inputs, str) or (isinstance(inputs, Sequence) and inputs and all(isinstance(i, str) for i in inputs)):
-            if mask is not None:
-                raise DataError("mask=… is for token ids; text knows its own padding")
-            tokens = tokenize(self.tokenizer, inputs, bos=bos)
-        elif isinstance(inputs, Tensor):
-            tokens = self._tensor_tokens(inputs, mask)
-        elif isinstance(inputs, Sequence) and inputs and all(isinstance(i, Sequence) for i in inputs):
-            if mask is not None:
-                raise DataError("mask=… is for a tensor of ids; a list of lists knows its own padding")
-            tokens = Tokens(*pad_rows(inputs, pad_id_of(self.tokenizer)), tokenizer=self.tokenizer)
-        elif isinstance(inputs, Sequence) and inputs and all(isinstance(i, int) for i in inputs):
-            tokens = Tokens(*pad_rows([inputs], pad_id_of(self.tokenizer)), tokenizer=self.tokenizer)
-        else:
-            size = " (empty)" if isinstance(inputs, Sequence) and not inputs else ""
-            raise DataError(f"inputs are text, texts, a LongTensor [batch pos] or lists of ids; got {type(inputs).__name__}{size}")
-        return self._checked(tokens)
-
-    def _tensor_tokens(self, ids: Tensor, mask: Any) -> Tokens:
-        if ids.dtype.is_floating_point or ids.dtype == torch.bool or ids.is_complex():
-            raise DataError(f"token ids are whole numbers, got {ids.dtype} {tuple(ids.shape)}; embeddings go through hm.hooked(…)")
-        if ids.device.type == "meta":
-            raise DataError("token ids on the meta device hold no values")
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim != 2 or 0 in ids.shape:
-            raise DataError(f"token ids must be [batch pos] with at least one token, got {tuple(ids.shape)}")
-        if mask is None:
-            self._refuse_hidden_pads(ids)
-            known = torch.ones(ids.shape, dtype=torch.bool)
-        else:
-            known = torch.as_tensor(mask).cpu()
-            known = known[None] if known.ndim == 1 else known
-            if known.shape != ids.shape or not bool(((known == 0) | (known == 1)).all()):
-                raise DataError(f"mask must hold 0 and 1 in the shape of the ids {tuple(ids.shape)}, got {tuple(known.shape)} {known.dtype}")
-            known = known.bool()
-        return Tokens(ids.long(), known, tokenizer=self.tokenizer)
-
-    def _refuse_hidden_pads(self, ids: Tensor) -> None:
-        """A pad token of its own at a row's edge, without a mask, is a padded batch that lost its mask."""
-        pad = getattr(self.tokenizer, "pad_token_id", None)
-        others = {getattr(self.tokenizer, n, None) for n in ("eos_token_id", "bos_token_id", "unk_token_id")}
-        if pad is None or pad in others or ids.device.type != "cpu" or ids.shape[0] == 1:
-            return
-        if bool((ids[:, 0] == pad).any() | (ids[:, -1] == pad).any()):
-            raise DataError(f"rows begin or end with the pad token ({pad}) but there is no mask; give run(…, mask=…) or the texts")
-
-    def _checked(self, tokens: Tokens) -> Tokens:
-        ids = tokens.ids
-        if ids.device.type == "cpu":  # on a GPU this would make the host wait at every call
-            low, high = int(ids.min()), int(ids.max())
-            rows = self.weights_rows
-            if low < 0 or high >= rows:
-                raise DataError(f"token id {low if low < 0 else high} is outside the vocabulary (0 to {rows - 1})")
-        longest = self._max_positions
-        if longest is not None and int(tokens.lengths.max()) > longest:
-            raise DataError(f"{int(tokens.lengths.max())} tokens, but this model has {longest} learned positions; cut the input")
+        tokens = read_inputs(self.tokenizer, inputs, bos=bos, mask=mask)
+        check_tokens(tokens, rows=self._embedding_rows, longest=self._max_positions)
         return tokens
 
     @cached_property
-    def weights_rows(self) -> int:
+    def _embedding_rows(self) -> int:
         """Rows of the embedding: ids must lie below (it can be larger than the vocabulary)."""
         embed = self.map.module(self.root, "embed")
         weight = getattr(embed, "weight", None)
@@ -272,7 +217,9 @@ class HookManager:
         """
         ids = tokenize(self.tokenizer, text, bos=False).ids[0] if text else torch.zeros(0)
         if len(ids) != 1:
-            shown = " | ".join(repr(t) for t in str_tokens(self.tokenizer, ids[None].long())[0]) if len(ids) else "nothing"
+            shown = (
+                " | ".join(repr(t) for t in str_tokens(self.tokenizer, ids[None].long())[0]) if len(ids) else "nothing"
+            )
             raise DataError(f"{text!r} is {len(ids)} tokens ({shown}), not one; many words need a leading space")
         return int(ids[0])
 
@@ -290,7 +237,9 @@ class HookManager:
         if self.map.family in _USUALLY_BOS and bos is not None and not tokens.bos and tokens.ids.device.type == "cpu":
             first = tokens.ids.gather(1, tokens.mask.int().argmax(1, keepdim=True))
             if not bool((first == bos).all()):
-                return [f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools usually do; to_tokens(…, bos=True)"]
+                return [
+                    f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools usually do; to_tokens(…, bos=True)"
+                ]
         return []
 
     # -- runs ---------------------------------------------------------------------------------------------------
@@ -344,7 +293,7 @@ class HookManager:
         if grad is not None and not plan.reads:
             raise DataError("grad=… gives gradients at the sites read; add read=[…]")
         if position_ids is not None:
-            self._check_positions(tokens, position_ids)
+            self._packing_checked |= check_positions(self, tokens, position_ids, checked=self._packing_checked)
         return run_pass(
             self,
             tokens,
@@ -440,34 +389,9 @@ class HookManager:
 
     def _refuse_training(self, verb: str) -> None:
         if self.model.training:
-            raise ModelError(f"the model is in train mode, where dropout changes activations; call hm.model.eval() before {verb}, or use hm.hooked(…)")
-
-    def _check_positions(self, tokens: Tokens, position_ids: Tensor) -> None:
-        if not isinstance(position_ids, Tensor) or position_ids.shape != tokens.ids.shape or position_ids.is_floating_point():
-            shape = tuple(getattr(position_ids, "shape", ()))
-            raise DataError(f"position_ids must be whole numbers in the shape of the ids {tuple(tokens.ids.shape)}, got {shape}")
-        packed = bool((position_ids[:, 1:] < position_ids[:, :-1]).any())
-        if packed and not bool(tokens.mask.all()):
-            raise DataError("packed rows (positions that start again) cannot be padded as well; fill the rows or cut them")
-        if packed and not self._packing_checked:
-            self._check_packing()
-
-    def _check_packing(self) -> None:
-        """Compare two packed documents with the two alone: some families let documents see each other."""
-        n = min(6, self.weights_rows - 1)
-        first = torch.arange(1, n + 1)[None].to(self.device)
-        both = torch.cat([first, first], dim=1)
-        positions = torch.arange(n, device=self.device).repeat(2)[None]
-        with torch.no_grad():
-            alone = self.caller(first, mask=None, position_ids=None, keep=None).logits
-            packed = self.caller(both, mask=None, position_ids=positions, keep=None).logits[:, n:]
-        off, size = float((packed - alone).abs().max()), float(alone.abs().max())
-        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-        if not off <= tolerance * max(1.0, size):
             raise ModelError(
-                f"{self.map.family} lets packed documents see each other (logits off by {off:.1e}): use packing 'concat' or 'one_doc'"
+                f"the model is in train mode, where dropout changes activations; call hm.model.eval() before {verb}, or use hm.hooked(…)"
             )
-        self._packing_checked = True
 
     # -- other forms --------------------------------------------------------------------------------------------
 
@@ -479,7 +403,13 @@ class HookManager:
         """
         from interp.core.fold import fold
 
-        return HookManager(fold(self.root, self.atlas)[0], self.tokenizer, self.map, name=f"{self.name} (folded)", revision=self.revision)
+        return HookManager(
+            fold(self.root, self.atlas)[0],
+            self.tokenizer,
+            self.map,
+            name=f"{self.name} (folded)",
+            revision=self.revision,
+        )
 
     def to_transformer_lens(self) -> Any:
         """Return a `TransformerBridge` over this model's own tensors, for TransformerLens' tools; this model stays as it is.
@@ -492,7 +422,9 @@ class HookManager:
         return to_transformer_lens(self.root, self.tokenizer)
 
 
-def sites_of(name: str, *, pattern: str = "*", revision: str | None = None, trust_remote_code: bool = False) -> SiteTable:
+def sites_of(
+    name: str, *, pattern: str = "*", revision: str | None = None, trust_remote_code: bool = False
+) -> SiteTable:
     """Return the sites of a model from its config alone, without weights.
 
     Args:
@@ -508,6 +440,11 @@ def sites_of(name: str, *, pattern: str = "*", revision: str | None = None, trus
     return SiteTable.of(Atlas(model, modelmap), pattern)
 
 
+def _base_of(model: Any) -> nn.Module:
+    """The model itself, or the one that a peft wrapper holds."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _map_of(model: nn.Module) -> ModelMap:
     from interp.core.bridge import map_of
 
@@ -521,7 +458,9 @@ def _refuse_unhookable(model: Any) -> None:
         raise ModelError(f"load takes a model name, a folder or a model, got {type(model).__name__}")
     compiled = type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None
     if compiled:
-        raise ModelError("a compiled model's inner hooks would not fire; give the model before torch.compile (model._orig_mod)")
+        raise ModelError(
+            "a compiled model's inner hooks would not fire; give the model before torch.compile (model._orig_mod)"
+        )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ModelError(f"{type(model).__name__} runs copies of the model; give the model inside it (model.module)")
 

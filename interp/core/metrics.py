@@ -44,7 +44,9 @@ def answer_logits(
             raise DataError(f'the run kept the last logits only and pos={pos} was asked; run with logits="all"')
         return logits[:, 0]
     if mask.shape != (batch, width):
-        raise ShapeError(f"mask {tuple(mask.shape)} does not belong to logits {tuple(logits.shape)}; give mask [batch pos]")
+        raise ShapeError(
+            f"mask {tuple(mask.shape)} does not belong to logits {tuple(logits.shape)}; give mask [batch pos]"
+        )
     column = _column(mask, pos)
     return logits.gather(1, column[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
 
@@ -155,12 +157,16 @@ def _column(mask: Bool[Tensor, "batch pos"], pos: int) -> Int[Tensor, " batch"]:
     bad = (wanted < 0) | (wanted >= length)
     if bad.any():
         row = int(bad.nonzero()[0])
-        raise DataError(f"row {row} has {int(length[row])} tokens, so there is no position {pos}; choose one that every row has")
+        raise DataError(
+            f"row {row} has {int(length[row])} tokens, so there is no position {pos}; choose one that every row has"
+        )
     # The column where the count of real tokens first exceeds the wanted index.
     return (mask.cumsum(1) <= wanted[:, None]).sum(1)
 
 
-def _pick(values: Float[Tensor, "batch d_vocab"], token: int | str | Int[Tensor, " batch"], name: str) -> Float[Tensor, " batch"]:
+def _pick(
+    values: Float[Tensor, "batch d_vocab"], token: int | str | Int[Tensor, " batch"], name: str
+) -> Float[Tensor, " batch"]:
     if isinstance(token, str):
         raise DataError(f"{name}={token!r} is text and a token id was expected; use hm.to_single_token({token!r})")
     batch, d_vocab = values.shape
@@ -169,6 +175,6 @@ def _pick(values: Float[Tensor, "batch d_vocab"], token: int | str | Int[Tensor,
         ids = ids.expand(batch)
     if ids.shape != (batch,):
         raise ShapeError(f"{name} has shape {tuple(ids.shape)}; expected one token id or [batch] = [{batch}]")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < d_vocab):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < d_vocab):
         raise DataError(f"{name} holds {int(ids.min())} … {int(ids.max())}, outside the vocabulary 0 … {d_vocab - 1}")
     return values.gather(1, ids[:, None])[:, 0]

@@ -54,7 +54,9 @@ class Caller:
             if value is None:
                 continue
             if not self.takes(name) and not self.any_name:
-                raise ModelError(f"{type(self.model).__name__}.forward takes no {name}; give it one unpadded batch at a time")
+                raise ModelError(
+                    f"{type(self.model).__name__}.forward takes no {name}; give it one unpadded batch at a time"
+                )
             arguments[name] = value
         if self.takes("use_cache") or self.any_name:
             arguments["use_cache"] = False
@@ -92,7 +94,9 @@ def run_pass(
     """Run a batch, in parts if it is larger than `batch_size` or than memory, and return what was asked."""
     n, notes, size = len(tokens), list(hm.notes_for(tokens)), batch_size or len(tokens)
     if grad is not None and size < n:
-        raise DataError(f"grad=… needs the whole batch in one forward; give at most {size} rows, or leave batch_size out")
+        raise DataError(
+            f"grad=… needs the whole batch in one forward; give at most {size} rows, or leave batch_size out"
+        )
     while True:
         try:
             parts = [
@@ -102,7 +106,9 @@ def run_pass(
             break
         except torch.OutOfMemoryError as err:
             if size == 1 or grad is not None:
-                raise ModelError(f"out of memory with {size} row(s) of {tokens.ids.shape[1]} tokens; read less, or shorter rows") from err
+                raise ModelError(
+                    f"out of memory with {size} row(s) of {tokens.ids.shape[1]} tokens; read less, or shorter rows"
+                ) from err
             torch.cuda.empty_cache()
             size = (size + 1) // 2
             notes.append(f"out of memory: the batch was split into parts of {size} rows")
@@ -131,7 +137,11 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _dead_gradients(gradients: Mapping[Site, Tensor]) -> list[str]:
-    return [f"the metric does not depend on {s!r}: its gradient is zero" for s, g in gradients.items() if getattr(g, "_unused", False)]
+    return [
+        f"the metric does not depend on {s!r}: its gradient is zero"
+        for s, g in gradients.items()
+        if getattr(g, "_unused", False)
+    ]
 
 
 def _part(
@@ -181,7 +191,9 @@ def check_places(plan: Plan, frame: Frame) -> None:
     for edit in plan.writes:
         where = edit.selection
         if where.needs_generation and not frame.generating:
-            raise WhereError(f"{type(edit).__name__}(where={where!r}) is about generated tokens; run makes none, generate does")
+            raise WhereError(
+                f"{type(edit).__name__}(where={where!r}) is about generated tokens; run makes none, generate does"
+            )
         if where.selects_positions or where.rows is not None:
             where.columns(frame)
     for read in plan.reads:
@@ -227,7 +239,9 @@ def _differentiate(
         what = f"shape {tuple(metric.shape)} {metric.dtype}" if isinstance(metric, Tensor) else type(metric).__name__
         raise ShapeError(f"the metric of grad=… must return a floating-point tensor [batch] or a scalar, got {what}")
     if not metric.requires_grad:
-        raise HookError("the metric of grad=… does not depend on the model's activations (was something detached inside it?)")
+        raise HookError(
+            "the metric of grad=… does not depend on the model's activations (was something detached inside it?)"
+        )
     places = list(forward.path)
     found = torch.autograd.grad(metric.sum(), [forward.path[s] for s in places], allow_unused=True)
     whole: dict[Site, Tensor] = {}

@@ -40,7 +40,13 @@ class Place:
         """
         axes, frame, where = self.site.axes, self.frame, self.where
         heads = self._heads(x)
-        if not where.selects_positions and where.rows is None and where.src is None and heads is None and not frame.padded:
+        if (
+            not where.selects_positions
+            and where.rows is None
+            and where.src is None
+            and heads is None
+            and not frame.padded
+        ):
             return None
         chosen = where.columns(frame)[:, self.columns(x.shape[axes.index("pos")])]
         shape = [1] * x.ndim
@@ -54,7 +60,9 @@ class Place:
         src = where.src_columns(frame)
         if src is not None:
             if "src" not in axes:
-                raise WhereError(f"Where(src=…) is for pattern and attn_scores; {self.site.short} has axes {' '.join(axes)}")
+                raise WhereError(
+                    f"Where(src=…) is for pattern and attn_scores; {self.site.short} has axes {' '.join(axes)}"
+                )
             src = src[:, max(0, frame.total - x.shape[-1]) :]
             mask = mask & src.reshape(src.shape[0], *[1] * (x.ndim - 2), src.shape[1])
         return mask.to(x.device, non_blocking=True)
@@ -97,7 +105,9 @@ class Place:
         if len(found) == 1:
             return found[0]
         if found:
-            raise ShapeError(f"{who} at {self.site.short}: shape {tuple(value.shape)} reads in two ways here; give {whole}")
+            raise ShapeError(
+                f"{who} at {self.site.short}: shape {tuple(value.shape)} reads in two ways here; give {whole}"
+            )
         raise ShapeError(
             f"{who} at {self.site.short}: got shape {tuple(value.shape)}; the activation is {tuple(x.shape)} "
             f"[{' '.join(self.site.axes)}], so give {whole}"
@@ -146,11 +156,15 @@ class Place:
             value = value[self.frame.row0 : self.frame.row0 + self.frame.batch, None]
         try:
             torch.broadcast_shapes(value.shape, x.shape)
-            fits = value.ndim <= 4 and all(v in (1, n) for v, n in zip(value.shape[::-1], tuple(x.shape)[::-1], strict=False))
+            fits = value.ndim <= 4 and all(
+                v in (1, n) for v, n in zip(value.shape[::-1], tuple(x.shape)[::-1], strict=False)
+            )
         except RuntimeError:
             fits = False
         if not fits:
-            raise ShapeError(f"{who} at {self.site.short}: got {tuple(value.shape)}; the activation is {tuple(x.shape)} [{' '.join(self.site.axes)}]")
+            raise ShapeError(
+                f"{who} at {self.site.short}: got {tuple(value.shape)}; the activation is {tuple(x.shape)} [{' '.join(self.site.axes)}]"
+            )
         return value
 
     def per_row(self, value: Any, x: Tensor) -> Any:
@@ -178,15 +192,21 @@ class Place:
         n = int(chosen.sum())
         if n == 0:
             return x
-        weight = chosen.to(x.device).reshape([x.shape[0] if i == 0 else x.shape[axis] if i == axis else 1 for i in range(x.ndim)])
-        total = torch.where(weight, x, torch.zeros((), device=x.device, dtype=x.dtype)).float().sum((0, axis), keepdim=True)
+        weight = chosen.to(x.device).reshape(
+            [x.shape[0] if i == 0 else x.shape[axis] if i == axis else 1 for i in range(x.ndim)]
+        )
+        total = (
+            torch.where(weight, x, torch.zeros((), device=x.device, dtype=x.dtype)).float().sum((0, axis), keepdim=True)
+        )
         return (total / n).to(x.dtype)
 
     def derangement(self, seed: int) -> Int[Tensor, " batch"]:
         """Return a permutation of the rows without fixed points: a seeded cyclic shift of a seeded order."""
         n = self.frame.batch
         if n < 2:
-            raise WhereError("Ablate('resample') takes another row's activation, but this batch has one row; use Replace")
+            raise WhereError(
+                "Ablate('resample') takes another row's activation, but this batch has one row; use Replace"
+            )
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         perm = torch.empty(n, dtype=torch.long)
         perm[order] = order.roll(1)

@@ -149,7 +149,11 @@ class Atlas:
         reasons, family = self.map.reasons, self.map.family
         why = reasons.get(kind) or reasons.get(kind.split(".")[0])
         near = "" if layer is None else f" in block {layer}"
-        return f"{family} has no {kind}{near}: {why}" if why else f"{family} has no {kind}{near}: its blocks have no such part"
+        return (
+            f"{family} has no {kind}{near}: {why}"
+            if why
+            else f"{family} has no {kind}{near}: its blocks have no such part"
+        )
 
     def _absent(self, site: Site) -> SiteError:
         return SiteError(f"site {site.short!r} ({site.name}): {self._why(site.kind, site.layer)}")
@@ -163,7 +167,9 @@ class Atlas:
     def _locate(self, site: Site) -> Point:
         kind, layer = site.kind, site.layer
         if layer is not None and layer >= self.map.n_layers:
-            raise SiteError(f"site {site.short!r}: this model has {self.map.n_layers} layers (0 to {self.map.n_layers - 1})")
+            raise SiteError(
+                f"site {site.short!r}: this model has {self.map.n_layers} layers (0 to {self.map.n_layers - 1})"
+            )
         if kind in self.map.reasons or (kind.split(".")[0] in self.map.reasons and kind not in _IN):
             raise self._absent(site)
         if kind == "logits":
@@ -255,7 +261,12 @@ class Atlas:
     def shape(self, site: Site) -> tuple[Any, ...]:
         """Return the site's shape, with names for batch and positions, such as ("batch", "pos", 12, 64)."""
         m = self.map
-        sizes = {"d_model": m.d_model, "n_heads": m.n_heads, "n_kv_heads": m.n_kv_heads, "d_head": m.d_head}
+        sizes: dict[str, int | None] = {
+            "d_model": m.d_model,
+            "n_heads": m.n_heads,
+            "n_kv_heads": m.n_kv_heads,
+            "d_head": m.d_head,
+        }
         sizes |= {"d_mlp": m.d_mlp, "d_vocab": m.d_vocab, "one": 1}
         return tuple(sizes.get(axis) or axis for axis in site.axes)
 

@@ -302,7 +302,9 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, held),) = value.items()
     if kind == "$tensor":
         if held not in tensors:
-            raise ArtifactError(f"{_TENSOR_NAME} lacks the tensor {held!r} that {_JSON_NAME} names; save the result again")
+            raise ArtifactError(
+                f"{_TENSOR_NAME} lacks the tensor {held!r} that {_JSON_NAME} names; save the result again"
+            )
         return tensors[held]
     if kind == "$tuple":
         return tuple(_decode(v, tensors) for v in held)
@@ -317,7 +319,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / _JSON_NAME
     if not path.is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
-        raise ArtifactError(f"{folder} holds no {_JSON_NAME} ({held or 'it is empty'}); give the folder that save() wrote")
+        raise ArtifactError(
+            f"{folder} holds no {_JSON_NAME} ({held or 'it is empty'}); give the folder that save() wrote"
+        )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as err:
@@ -325,7 +329,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not {"format", "class", "fields"} <= record.keys():
         raise ArtifactError(f"{path} is not the record of a result; give the folder that save() wrote")
     if record["format"] != FORMAT:
-        raise ArtifactError(f"{path} has format {record['format']!r}, this version reads {FORMAT}; load it with the version that wrote it")
+        raise ArtifactError(
+            f"{path} has format {record['format']!r}, this version reads {FORMAT}; load it with the version that wrote it"
+        )
     return record
 
 
@@ -350,6 +356,7 @@ def _find_class(name: str, wanted: type[_R], folder: Path) -> type[_R]:
     if not found:
         raise ArtifactError(f"{folder} holds a {name}, which is not imported; import its module first")
     if not issubclass(found[-1], wanted):
-        raise ArtifactError(f"{folder} holds a {name}, not a {wanted.__name__}; use {name.rpartition('.')[2]}.load or Result.load")
+        raise ArtifactError(
+            f"{folder} holds a {name}, not a {wanted.__name__}; use {name.rpartition('.')[2]}.load or Result.load"
+        )
     return found[-1]
-

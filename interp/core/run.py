@@ -97,7 +97,9 @@ class Run(Gradients):
             DataError: the run was not asked for logits.
         """
         if self._logits is None:
-            raise DataError("this run has no logits: activations were read, so the forward stopped early; give logits='all' or 'last'")
+            raise DataError(
+                "this run has no logits: activations were read, so the forward stopped early; give logits='all' or 'last'"
+            )
         return self._logits
 
     @property

@@ -49,13 +49,28 @@ def _kinds() -> dict[str, Kind]:
     }
     blocks: dict[str, tuple[str, tuple[str, ...], str, tuple[str, ...]]] = {
         "resid_pre": ("hook_resid_pre", model, "residual stream entering the block", ("hook_in",)),
-        "attn_in": ("hook_attn_in", model, "what attention's branch reads, before its norm; edits leave the stream alone", ()),
+        "attn_in": (
+            "hook_attn_in",
+            model,
+            "what attention's branch reads, before its norm; edits leave the stream alone",
+            (),
+        ),
         "attn.in": ("attn.hook_in", model, "input of the attention module, after its norm", ()),
         "q": ("attn.hook_q", query, "queries, before q-norm and rotary", ("attn.q.hook_out",)),
-        "k": ("attn.hook_k", keyed, "keys, before k-norm and rotary; an edit persists in the KV cache", ("attn.k.hook_out",)),
+        "k": (
+            "attn.hook_k",
+            keyed,
+            "keys, before k-norm and rotary; an edit persists in the KV cache",
+            ("attn.k.hook_out",),
+        ),
         "v": ("attn.hook_v", keyed, "values; an edit persists in the KV cache", ("attn.v.hook_out",)),
         "rot_q": ("attn.hook_rot_q", query, "queries as attention uses them: after q-norm and rotary", ()),
-        "rot_k": ("attn.hook_rot_k", keyed, "keys as attention uses them: after k-norm and rotary, cached ones included", ()),
+        "rot_k": (
+            "attn.hook_rot_k",
+            keyed,
+            "keys as attention uses them: after k-norm and rotary, cached ones included",
+            (),
+        ),
         "attn_scores": (
             "attn.hook_attn_scores",
             square,
@@ -72,7 +87,12 @@ def _kinds() -> dict[str, Kind]:
         ),
         "attn_out": ("hook_attn_out", model, "what attention adds to the residual stream", ()),
         "resid_mid": ("hook_resid_mid", model, "residual stream between attention and MLP", ("mid",)),
-        "mlp_in": ("hook_mlp_in", model, "what the MLP's branch reads, before its norm; edits leave the stream alone", ()),
+        "mlp_in": (
+            "hook_mlp_in",
+            model,
+            "what the MLP's branch reads, before its norm; edits leave the stream alone",
+            (),
+        ),
         "mlp.in": ("mlp.hook_in", model, "input of the MLP module, after its norm", ()),
         "router_logits": (
             "mlp.hook_router_logits",
@@ -87,7 +107,12 @@ def _kinds() -> dict[str, Kind]:
             "the linear half of a gated MLP, before it is multiplied in",
             ("pre_linear", "mlp.pre_linear"),
         ),
-        "mlp_post": ("mlp.hook_post", mlp, "input of the MLP's output projection: the neurons", ("post", "mlp.post", "mlp.out.hook_in")),
+        "mlp_post": (
+            "mlp.hook_post",
+            mlp,
+            "input of the MLP's output projection: the neurons",
+            ("post", "mlp.post", "mlp.out.hook_in"),
+        ),
         "mlp_out": ("hook_mlp_out", model, "what the MLP adds to the residual stream", ()),
         "resid_post": ("hook_resid_post", model, "residual stream leaving the block", ("hook_out",)),
     }
@@ -99,20 +124,26 @@ def _kinds() -> dict[str, Kind]:
     }
     for norm, what in norms.items():
         blocks[f"{norm}.scale"] = (f"{norm}.hook_scale", scale, f"σ of {what}: what it divides by (eps included)", ())
-        blocks[f"{norm}.normalized"] = (f"{norm}.hook_normalized", model, f"{what}: centred and divided by σ, before the gain", ())
+        blocks[f"{norm}.normalized"] = (
+            f"{norm}.hook_normalized",
+            model,
+            f"{what}: centred and divided by σ, before the gain",
+            (),
+        )
         blocks[f"{norm}.out"] = (f"{norm}.hook_out", model, f"{what}: its output, gain and bias applied", ())
     for norm, axes in (("q_norm", query), ("k_norm", keyed)):
         blocks[f"{norm}.scale"] = (f"attn.{norm}.hook_scale", (*axes[:3], "one"), f"σ of {norm}, per head", ())
         blocks[f"{norm}.normalized"] = (f"attn.{norm}.hook_normalized", axes, f"{norm}, before its gain", ())
         blocks[f"{norm}.out"] = (f"attn.{norm}.hook_out", axes, f"{norm}'s output, before rotary", ())
-    for part, axes, what in (
+    ends: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("scale", scale, "σ of the final norm"),
         ("normalized", model, "the final norm before its gain"),
         ("out", model, "the final norm's output"),
-    ):
-        kinds[f"ln_final.{part}"] = Kind(f"ln_final.hook_{part}", axes, what)
-    for name, (hook, axes, definition, aliases) in blocks.items():
-        kinds[name] = Kind(f"blocks.{{layer}}.{hook}", axes, definition, aliases)
+    )
+    for part, shape, what in ends:
+        kinds[f"ln_final.{part}"] = Kind(f"ln_final.hook_{part}", shape, what)
+    for name, (hook, shape, definition, aliases) in blocks.items():
+        kinds[name] = Kind(f"blocks.{{layer}}.{hook}", shape, definition, aliases)
     return kinds
 
 
@@ -153,7 +184,7 @@ def _parse(text: str) -> tuple[str, int | None]:
 
 
 def _unknown(text: str, rest: str) -> str:
-    hint = nearest(rest, _SPELLINGS) or "hm.sites() lists them all"
+    hint = nearest(rest, KINDS) or nearest(rest, _SPELLINGS) or "hm.sites() lists them all"
     return f"unknown site {text!r}: there is no {rest!r}; {hint}"
 
 

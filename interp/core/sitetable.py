@@ -72,7 +72,11 @@ class SiteTable:
         lines = []
         for kind, row in first.items():
             layers = kinds.get(kind)
-            name = row["site"] if layers is None else row["site"].replace(f"blocks.{layers[0]}.", f"blocks.{_span(layers)}.")
+            name = (
+                row["site"]
+                if layers is None
+                else row["site"].replace(f"blocks.{layers[0]}.", f"blocks.{_span(layers)}.")
+            )
             shape = " ".join(map(str, row["shape"]))
             lines.append((name, f"[{shape}]", row["definition"] + ("" if row["edit"] else " (read only)")))
         widths = [max(len(line[i]) for line in lines) for i in (0, 1)]

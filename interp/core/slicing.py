@@ -100,7 +100,9 @@ def _positions(x: Tensor, axes: list[str], site: Site, frame: Frame) -> tuple[Te
     start = max(0, frame.total - x.shape[axis]) if site.kind in KEY_SITES else frame.offset
     columns = where.read_columns(frame) - start
     if bool(((columns < 0) | (columns >= x.shape[axis])).any()):
-        raise WhereError(f"{site!r}: this forward holds columns {start} to {start + x.shape[axis] - 1} only; read all and slice")
+        raise WhereError(
+            f"{site!r}: this forward holds columns {start} to {start + x.shape[axis] - 1} only; read all and slice"
+        )
     per_row = isinstance(where.pos, int) or (isinstance(where.pos, Tensor) and where.pos.ndim == 1)
     if bool((columns == columns[:1]).all()):
         part = x.select(axis, int(columns[0, 0])) if per_row else x.index_select(axis, _index(columns[0], x))

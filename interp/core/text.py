@@ -32,10 +32,14 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.mask.shape:
-            raise DataError(f"ids {tuple(self.ids.shape)} and mask {tuple(self.mask.shape)} must have one shape [batch, pos]")
+            raise DataError(
+                f"ids {tuple(self.ids.shape)} and mask {tuple(self.mask.shape)} must have one shape [batch, pos]"
+            )
         for name, span in self.spans.items():
             if span.shape != self.ids.shape or span.dtype != torch.bool:
-                raise DataError(f"span {name!r} must be bool {tuple(self.ids.shape)}, got {span.dtype} {tuple(span.shape)}")
+                raise DataError(
+                    f"span {name!r} must be bool {tuple(self.ids.shape)}, got {span.dtype} {tuple(span.shape)}"
+                )
         if not bool(self.mask.any(dim=1).all()):
             row = int((~self.mask.any(dim=1)).nonzero()[0, 0])
             raise DataError(f"row {row} has no tokens; every row needs at least one (empty text without BOS?)")
@@ -158,11 +162,17 @@ def chat_tokens(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
     _need(tokenizer, "a chat")
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("this tokenizer has no chat template (a base model?); give run and generate plain text instead")
-    good = isinstance(messages, Sequence) and bool(messages) and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages)
+    good = (
+        isinstance(messages, Sequence)
+        and bool(messages)
+        and all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages)
+    )
     if not good:
         raise DataError("chat takes a list of messages such as [{'role': 'user', 'content': 'Hello'}]")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(getattr(tokenizer, "is_fast", False)))
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=bool(getattr(tokenizer, "is_fast", False))
+    )
     ids = torch.tensor([encoded.input_ids])
     spans: dict[str, Tensor] = {}
     offsets, start = encoded.get("offset_mapping"), 0
@@ -180,9 +190,18 @@ def chat_tokens(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
 
 
 def str_tokens(tokenizer: Any, ids: Int[Tensor, "batch pos"]) -> list[list[str]]:
-    """Return the text of every token."""
+    """Return the text of every token, leading spaces shown (a lone SentencePiece token loses its own when decoded)."""
     _need(tokenizer, "str_tokens")
-    return [[tokenizer.decode([int(i)]) for i in row] for row in ids]
+    known: dict[int, str] = {}
+
+    def text(i: int) -> str:
+        if i not in known:
+            piece, decoded = tokenizer.convert_ids_to_tokens(i), tokenizer.decode([i])
+            hidden = isinstance(piece, str) and piece.startswith("▁") and not decoded.startswith(" ")
+            known[i] = f" {decoded}" if hidden else decoded
+        return known[i]
+
+    return [[text(i) for i in row] for row in ids.tolist()]
 
 
 def special_mask(tokenizer: Any, ids: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:

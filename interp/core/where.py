@@ -297,12 +297,18 @@ def _at(value: Any, frame: "Frame", field: str) -> Bool[Tensor, "batch total"]:
         starts, ends = frame.starts().tolist(), frame.ends().tolist()
         for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
             stop = frame.total if frame.generating and (value.stop is None or value.stop >= 0) else end + 1
-            known = range(start, end + 1)[value] if stop == end + 1 else range(start, stop)[_forward(value, end + 1 - start)]
+            known = (
+                range(start, end + 1)[value]
+                if stop == end + 1
+                else range(start, stop)[_forward(value, end + 1 - start)]
+            )
             chosen[row, torch.tensor(list(known), dtype=torch.long)] = True
         return chosen
     columns = _absolute(value, frame, field)
     inside = columns < frame.total
-    return chosen.scatter(1, columns.clamp(max=frame.total - 1), inside) if bool(inside.all()) else _some(chosen, columns)
+    return (
+        chosen.scatter(1, columns.clamp(max=frame.total - 1), inside) if bool(inside.all()) else _some(chosen, columns)
+    )
 
 
 def _forward(value: slice, length: int) -> slice:
