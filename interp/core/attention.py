@@ -14,11 +14,11 @@ import functools
 import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from interp.core.errors import HookError
@@ -72,8 +72,11 @@ class TapSite(Protocol):
     def touches(self) -> bool:
         """Whether the layer must go on with what `visit` returns."""
 
-    def visit(self, x: Tensor) -> Tensor:
-        """Return the site's tensor after its edits; it has been read."""
+    def query_rows(self) -> Int[Tensor, "batch n"] | None:
+        """Which query positions are read, if only some are."""
+
+    def visit(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return the site's tensor after its edits; it has been read. With `rows`, x holds only those positions."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,17 @@ class _Call:
     value: Float[Tensor, "batch n_kv_heads src d_v"]
     mask: Tensor | None
     kwargs: dict[str, Any]
+
+    def at_rows(self, rows: Int[Tensor, "batch n"] | None) -> "_Call":
+        """The same call for some query positions only: n/pos of the scores' memory and work."""
+        if rows is None:
+            return self
+        query = self.query.gather(2, _spread(rows.to(self.query.device), self.query))
+        mask = self.mask
+        if mask is not None:
+            mask = mask.expand(query.shape[0], *mask.shape[1:])
+            mask = mask.gather(2, _spread(rows.to(mask.device), mask))
+        return replace(self, query=query, mask=mask)
 
     def pattern(self) -> Float[Tensor, "batch n_heads pos src"]:
         """The pattern by the model's own eager function: its soft-cap, sinks and upcasting are the model's."""
@@ -131,6 +145,11 @@ class _Call:
         return torch.matmul(weights, self.value.repeat_interleave(repeat, dim=1)).transpose(1, 2).contiguous()
 
 
+def _spread(rows: Int[Tensor, "batch n"], like: Tensor) -> Tensor:
+    """An index for `gather` along axis 2 of a [batch heads pos width] tensor."""
+    return rows[:, None, :, None].expand(rows.shape[0], like.shape[1], rows.shape[1], like.shape[3])
+
+
 _CHECKED: set[tuple[type, torch.dtype]] = set()
 """Attention classes whose score formula has been compared with their own pattern in this process."""
 
@@ -168,9 +187,11 @@ class LayerTap:
             return call.output(weights), weights
         out = kernel(module, query, key, value, attention_mask, **kwargs)
         if scores is not None:
-            scores.visit(call.scores())
+            rows = scores.query_rows()
+            scores.visit(call.at_rows(rows).scores(), rows)
         if pattern is not None:
-            pattern.visit(call.pattern())
+            rows = pattern.query_rows()
+            pattern.visit(call.at_rows(rows).pattern(), rows)
         return out
 
     def _heads(self, kind: str, x: Tensor) -> Tensor:

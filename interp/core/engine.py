@@ -22,7 +22,6 @@ from interp.core.where import Where
 __all__ = ["Forward", "Plan", "Stop"]
 
 _RANK = {kind: i for i, kind in enumerate(KINDS)}
-_UNEDITED = Where()
 
 
 class Stop(BaseException):
@@ -54,6 +53,8 @@ class Plan:
         reads: dict[Site, None] = {}
         for name in _listed(read, "read"):
             for site in atlas.expand(name):
+                if site.where is not None:
+                    _check_heads(atlas, site, site.where)
                 reads.setdefault(site)
         writes = []
         for edit in _listed(write, "write"):
@@ -71,9 +72,22 @@ class Plan:
                     raise SiteError(
                         f"{site.short!r} of {atlas.map.family} can be read but not edited: {point.read_only}"
                     )
+                _check_heads(atlas, site, edit.selection)
                 writes.append(replace(edit, site=site))
         places = {s.key: atlas.point(s) for s in [*reads, *(Site(w.site) for w in writes)]}
         return Plan(tuple(reads), tuple(writes), tuple(places.values()))
+
+
+def _check_heads(atlas: Atlas, site: Site, where: Where) -> None:
+    """Refuse heads that the site does not have, before anything runs."""
+    if where.head is None:
+        return
+    for axis, size in zip(site.axes, atlas.shape(site), strict=True):
+        if axis in ("n_heads", "n_kv_heads"):
+            kind = "key/value" if axis == "n_kv_heads" else "query"
+            where.heads(int(size), f"{site.short}, which counts {kind} heads")
+            return
+    raise WhereError(f"head={where.head!r}: {site.short} has no heads; its axes are {' '.join(site.axes)}")
 
 
 def _listed(value: Any, name: str) -> Sequence[Any]:
@@ -95,7 +109,15 @@ class _Work:
     reads: list[Site]
     edits: list[tuple[int, Intervention]]
 
-    def visit(self, x: Tensor) -> Tensor:
+    def query_rows(self) -> Tensor | None:
+        """The columns of a pattern that are read, if only some are and nothing needs the rest."""
+        wheres = {r.where for r in self.reads}
+        where = next(iter(wheres), None)
+        if self.touches or len(wheres) != 1 or where is None or where.pos is None or where.mask is not None:
+            return None
+        return where.read_columns(self.forward.frame) - self.forward.frame.offset
+
+    def visit(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Make the edits in list order, then the reads; return the tensor that the model goes on with."""
         site, forward = self.point.site, self.forward
         for number, edit in self.edits:
@@ -103,7 +125,7 @@ class _Work:
         if forward.differentiate and self.reads:
             x = forward.on_path(site, x)
         for read in self.reads:
-            forward.keep(read, x)
+            forward.keep(read, x, rows)
         forward.waiting.discard(site.key)
         return x
 
@@ -125,6 +147,7 @@ class Forward:
         detach: reads are cut from the graph and copied.
         to: device of the reads, or None to leave them.
         embedding: the token embedding, where gradients start.
+        block_of: the model whose own calls a `hooked` block watches.
     """
 
     plan: Plan
@@ -134,6 +157,7 @@ class Forward:
     detach: bool = True
     to: torch.device | None = None
     embedding: nn.Module | None = None
+    block_of: nn.Module | None = None
     results: dict[Site, list[Tensor]] = field(default_factory=dict)
     path: dict[Site, Tensor] = field(default_factory=dict)
     taps: dict[int, LayerTap] = field(default_factory=dict)
@@ -193,12 +217,12 @@ class Forward:
         self.path[Site(site.short)] = x
         return x
 
-    def keep(self, read: Site, x: Tensor) -> None:
+    def keep(self, read: Site, x: Tensor, rows: Tensor | None = None) -> None:
         """Take a read's slice and keep it."""
         if self.differentiate:
             self.results.setdefault(read, [x])  # sliced after the backward pass
             return
-        part = take(x, read, self.frame)
+        part = take(x, read, self.frame, rows)
         if self.detach:
             part = part.detach()
             if self.to is not None and self.to != part.device:
@@ -372,7 +396,8 @@ class Forward:
         return output + (change.flatten(0, 1) if flat else change)
 
     def _visit_logits(self, work: _Work, output: Any) -> Any:
-        logits = output.logits
+        bare = isinstance(output, Tensor)
+        logits = output if bare else output.logits
         frame, narrow = self.frame, self.frame
         if logits.shape[1] != frame.length:  # logits_to_keep: only the last columns are there
             kept = logits.shape[1]
@@ -382,6 +407,8 @@ class Forward:
             new = work.visit(logits)
         finally:
             self.frame = frame
+        if bare:
+            return new
         if new is not logits:
             output.logits = new
         return output

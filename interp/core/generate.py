@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from interp.core.attention import CURRENT
 from interp.core.engine import Forward, Plan
 from interp.core.errors import DataError, WhereError
 from interp.core.frame import Frame
-from interp.core.passes import check_places, frame_of, generation_frame, write_notes
+from interp.core.passes import check_places, frame_of, generation_frame, refuse_inside_block, write_notes
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.text import Tokens, pad_id_of
@@ -70,6 +71,7 @@ def generate_pass(
     generation_kwargs: dict[str, Any],
 ) -> Generation:
     """Generate under a plan; arguments as for `HookManager.generate`."""
+    refuse_inside_block(hm, "generate")
     _check(max_new_tokens, temperature, generation_kwargs, plan)
     tokens = tokens.left_padded(pad_id_of(hm.tokenizer))
     prompt = frame_of(tokens, 0, len(tokens))
@@ -109,6 +111,12 @@ def _check(max_new_tokens: int, temperature: float, extra: dict[str, Any], plan:
         raise DataError(
             "rot_k, pattern and attn_scores need the model's own growing cache; leave cache_implementation out"
         )
+    for edit in plan.writes:
+        if edit.needs_whole_batch:
+            raise DataError(
+                f"{type(edit).__name__}({edit.how!r}) takes values from other positions or rows of the same forward, "  # type: ignore[attr-defined]
+                "which differ from step to step; compute the value first and give Replace"
+            )
     for read in plan.reads:
         where = read.where
         if where is not None and (where.selects_positions or where.src is not None):
@@ -151,6 +159,8 @@ class _Steps:
         self.tokens_wanted = any(_needs_ids(e.selection) for e in forward.plan.writes)
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if CURRENT.get() is not self.forward:  # another thread's forward
+            return
         ids = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         offset = int(cache.get_seq_length()) if cache is not None else 0
@@ -164,6 +174,8 @@ class _Steps:
             self.forward.results.clear()
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if CURRENT.get() is not self.forward:
+            return
         self.forward.check_fired()
 
     def stacked(self, read: Site) -> Tensor:

@@ -80,6 +80,11 @@ class Intervention:
         return False
 
     @property
+    def needs_whole_batch(self) -> bool:
+        """Whether values of one row or position depend on others, so that a batch cannot be split."""
+        return False
+
+    @property
     def selection(self) -> Where:
         """Where this edit acts."""
         return getattr(self, "where", _EVERYWHERE)
@@ -95,6 +100,10 @@ def _tensor(owner: str, name: str, value: Any) -> None:
         raise ShapeError(f"{owner}({name}=…) needs a floating-point tensor, got {value.dtype}")
     if value.device.type == "meta":
         raise ShapeError(f"{owner}({name}=…) is on the meta device and has no values")
+    small = value.device.type == "cpu" and value.numel() <= 1 << 20  # a GPU would have to wait, a large one takes time
+    bad = value.isnan() if owner == "Replace" else ~value.isfinite()  # scores are replaced by -inf on purpose
+    if small and bool(bad.any()):
+        raise ShapeError(f"{owner}({name}=…) holds NaN or infinity; every logit after it would be NaN")
 
 
 def _finite(owner: str, name: str, value: Any) -> None:
@@ -174,6 +183,11 @@ class Ablate(Intervention):
             raise ShapeError(
                 f"Ablate(how={self.how!r}): expected 'zero', 'mean' or 'resample'; for a given mean use Replace"
             )
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Means and resamples look at other rows."""
+        return self.how != "zero"
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return zeros, the mean, or other rows."""

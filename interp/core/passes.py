@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from interp.core.attention import CURRENT
 from interp.core.engine import Forward, Plan
 from interp.core.errors import DataError, HookError, InterpError, ModelError, ShapeError, WhereError
 from interp.core.frame import Frame
+from interp.core.intervention import Intervention
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.slicing import take
@@ -21,7 +23,16 @@ from interp.core.text import Tokens
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["Caller", "frame_of", "hooked_pass", "run_pass", "write_notes"]
+__all__ = [
+    "Caller",
+    "check_places",
+    "frame_of",
+    "generation_frame",
+    "hooked_pass",
+    "refuse_inside_block",
+    "run_pass",
+    "write_notes",
+]
 
 _AFTER_LOGITS_CUT = {"unembed.in", "unembed.out", "logits"}
 
@@ -92,7 +103,14 @@ def run_pass(
     batch_size: int | None,
 ) -> Run:
     """Run a batch, in parts if it is larger than `batch_size` or than memory, and return what was asked."""
+    refuse_inside_block(hm, "run")
     n, notes, size = len(tokens), list(hm.notes_for(tokens)), batch_size or len(tokens)
+    check_places(plan, frame_of(tokens, 0, n))
+    whole_batch = next((e for e in plan.writes if e.needs_whole_batch), None)
+    if size < n and whole_batch is not None:
+        raise DataError(
+            f"{type(whole_batch).__name__}({whole_batch.site!r}) mixes rows, so the batch cannot be split; leave batch_size out"
+        )
     if grad is not None and size < n:
         raise DataError(
             f"grad=… needs the whole batch in one forward; give at most {size} rows, or leave batch_size out"
@@ -105,7 +123,7 @@ def run_pass(
             ]
             break
         except torch.OutOfMemoryError as err:
-            if size == 1 or grad is not None:
+            if size == 1 or grad is not None or whole_batch is not None:
                 raise ModelError(
                     f"out of memory with {size} row(s) of {tokens.ids.shape[1]} tokens; read less, or shorter rows"
                 ) from err
@@ -195,7 +213,9 @@ def check_places(plan: Plan, frame: Frame) -> None:
                 f"{type(edit).__name__}(where={where!r}) is about generated tokens; run makes none, generate does"
             )
         if where.selects_positions or where.rows is not None:
-            where.columns(frame)
+            selected = where.columns(frame)
+            if not frame.generating and frame.row0 == 0 and frame.batch == frame.n_rows and not bool(selected.any()):
+                raise WhereError(_selects_nothing(edit))
     for read in plan.reads:
         if read.where is not None and read.where.pos is not None:
             read.where.read_columns(frame)
@@ -258,6 +278,27 @@ def _differentiate(
     return result, metric.detach()
 
 
+def _selects_nothing(edit: Intervention) -> str:
+    return (
+        f"{type(edit).__name__} at {Site(edit.site).short} selects nothing: {edit.selection!r} holds no position of "
+        "this batch"
+    )
+
+
+def refuse_inside_block(hm: "HookManager", verb: str) -> None:
+    """Refuse a run inside a `hooked` block of the same model: the block's edits would not act in it, without a word.
+
+    Raises:
+        HookError: says what to do instead.
+    """
+    current = CURRENT.get()
+    if isinstance(current, Forward) and current.block_of is hm.model:
+        raise HookError(
+            f"hm.{verb} inside a hooked() block of the same model would not see the block's reads and edits; "
+            f"give them to {verb} itself, or call hm.model in the block"
+        )
+
+
 def write_notes(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> None:
     """Say which edits changed nothing, with one wait for the device, and refuse those that selected nothing.
 
@@ -266,10 +307,7 @@ def write_notes(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> No
     """
     for number, edit in enumerate(plan.writes):
         if not any(f.selected[number] for f in forwards):
-            raise WhereError(
-                f"{type(edit).__name__} at {Site(edit.site).short} selected nothing: where={edit.selection!r} "
-                "holds no position of this batch"
-            )
+            raise WhereError(_selects_nothing(edit))
     flags: dict[int, list[Tensor]] = {}
     for forward in forwards:
         for number, flag in enumerate(forward.changed):
@@ -291,19 +329,23 @@ def write_notes(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> No
 def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
     """Attach a plan to whatever forwards the caller makes with the model itself; the run holds the latest one's reads."""
     frame = Frame(ids=None, mask=None, batch=1, length=1, prompt_length=1)
-    forward = Forward(plan, frame, detach=False)
+    forward = Forward(plan, frame, detach=False, block_of=hm.model)
     values: dict[Site, Tensor] = {}
     run = Run({}, tokens=None, mask=None, hm=hm)
     run._values = values
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        forward.frame = _foreign_frame(args, kwargs)
+        if CURRENT.get() is not forward:
+            return
+        forward.frame = _foreign_frame(args, kwargs, forward.frame)
         forward.results.clear()
         forward.waiting = set(forward.work)
         run.tokens = forward.frame.ids
         check_places(plan, forward.frame)
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if CURRENT.get() is not forward:
+            return
         forward.check_fired()
         values.clear()
         values.update({s: forward.results[s][-1] for s in plan.reads})
@@ -324,8 +366,8 @@ def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
             handle.remove()
 
 
-def _foreign_frame(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
-    """The frame of a forward that somebody else calls, from its own arguments."""
+def _foreign_frame(args: tuple[Any, ...], kwargs: dict[str, Any], last: Frame) -> Frame:
+    """The frame of a forward that somebody else calls, from its own arguments; with a cache, a step after `last`."""
     ids = args[0] if args else kwargs.get("input_ids")
     shape = ids if ids is not None else kwargs.get("inputs_embeds")
     if not isinstance(shape, Tensor) or shape.ndim < 2:
@@ -339,9 +381,10 @@ def _foreign_frame(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frame:
         mask=None,
         batch=shape.shape[0],
         length=length,
-        prompt_length=offset + length,
+        prompt_length=last.prompt_length if offset else length,
         offset=offset,
         lazy_mask=lazy,
+        generating=offset > 0,
     )
 
 

@@ -75,15 +75,7 @@ class Place:
             return None
         if any(w.head is not None for w in self.where.any_of):
             raise WhereError("a union of Where cannot restrict heads in its parts; make one edit for each")
-        axes = self.site.axes
-        if not {"n_heads", "n_kv_heads"} & set(axes):
-            raise WhereError(f"Where(head=…): {self.site.short} has no heads; its axes are {' '.join(axes)}")
-        axis = self._head_axis()
-        grouped = "key/value head" if axes[axis] == "n_kv_heads" else "query head"
-        try:
-            return self.where.heads(x.shape[axis], self.site.short)
-        except WhereError as err:
-            raise WhereError(f"{err} (this site counts {grouped}s)") from None
+        return self.where.heads(x.shape[self._head_axis()], self.site.short)
 
     def fit(self, value: Any, x: Tensor, who: str) -> Tensor:
         """Return a value broadcastable to x; see the text of `interp.core.intervention` for the shapes.

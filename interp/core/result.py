@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from interp.core.errors import ArtifactError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["FORMAT", "Provenance", "Result", "atomic_write"]
+__all__ = ["FORMAT", "Provenance", "Result", "atomic_write", "token_names"]
 
 FORMAT = 1
 _JSON_NAME = "result.json"
@@ -219,6 +220,20 @@ def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> Path:
     finally:
         Path(draft).unlink(missing_ok=True)
     return target
+
+
+def token_names(hm: "HookManager", ids: Int[Tensor, "*n"]) -> list[str]:
+    """Return the text of each token for tables and figures, flat; the ids themselves where there is no tokenizer.
+
+    Args:
+        hm: The model.
+        ids: Token ids of any shape.
+    """
+    flat = ids.reshape(-1).tolist()
+    if hm.tokenizer is None:
+        return [str(i) for i in flat]
+    text = {i: str(hm.tokenizer.decode([i])) for i in set(flat)}
+    return [text[i] for i in flat]
 
 
 def _digest(*parts: bytes) -> str:

@@ -13,7 +13,7 @@ from interp.core.site import Site
 __all__ = ["take"]
 
 
-def take(x: Tensor, site: Site, frame: Frame) -> Tensor:
+def take(x: Tensor, site: Site, frame: Frame, rows: Tensor | None = None) -> Tensor:
     """Return the part of an activation that a site's `.at(…)` asks for.
 
     An integer drops its axis, a list or slice keeps it; a mask, token ids or a phase flatten batch and position into
@@ -23,6 +23,7 @@ def take(x: Tensor, site: Site, frame: Frame) -> Tensor:
         x: the whole activation, in the site's axes.
         site: the site with its slice.
         frame: the tokens.
+        rows: columns [batch n] that x's position axis holds, if it was computed for the slice's positions only.
 
     Raises:
         WhereError: the slice does not fit this batch.
@@ -40,7 +41,7 @@ def take(x: Tensor, site: Site, frame: Frame) -> Tensor:
     if flat:
         return _flat(x, axes, site, frame)
     if where.pos is not None:
-        x, axes = _positions(x, axes, site, frame)
+        x, axes = _positions(x, axes, site, frame, rows)
     if where.rows is not None:
         x = _rows(x, where.rows, frame)
     return x
@@ -93,17 +94,19 @@ def _flat(x: Tensor, axes: list[str], site: Site, frame: Frame) -> Tensor:
     return moved.reshape(-1, *moved.shape[2:]).index_select(0, _index(index, x))
 
 
-def _positions(x: Tensor, axes: list[str], site: Site, frame: Frame) -> tuple[Tensor, list[str]]:
+def _positions(x: Tensor, axes: list[str], site: Site, frame: Frame, rows: Tensor | None) -> tuple[Tensor, list[str]]:
     where = site.where
     assert where is not None
     axis = axes.index("pos")
+    per_row = isinstance(where.pos, int) or (isinstance(where.pos, Tensor) and where.pos.ndim == 1)
+    if rows is not None:
+        return (x.squeeze(axis), [a for a in axes if a != "pos"]) if per_row else (x, axes)
     start = max(0, frame.total - x.shape[axis]) if site.kind in KEY_SITES else frame.offset
     columns = where.read_columns(frame) - start
     if bool(((columns < 0) | (columns >= x.shape[axis])).any()):
         raise WhereError(
             f"{site!r}: this forward holds columns {start} to {start + x.shape[axis] - 1} only; read all and slice"
         )
-    per_row = isinstance(where.pos, int) or (isinstance(where.pos, Tensor) and where.pos.ndim == 1)
     if bool((columns == columns[:1]).all()):
         part = x.select(axis, int(columns[0, 0])) if per_row else x.index_select(axis, _index(columns[0], x))
         return part, ([a for a in axes if a != "pos"] if per_row else axes)

@@ -1,6 +1,6 @@
 """How a module's tensor and a site's tensor correspond: there (`get`) and back (`put`)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -110,9 +110,12 @@ class Columns:
     index: Int[Tensor, " columns"]
     n: int
     d: int
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def _on(self, x: Tensor) -> Int[Tensor, " columns"]:
-        return self.index.to(x.device)
+        if x.device not in self._copies:
+            self._copies[x.device] = self.index.to(x.device)
+        return self._copies[x.device]
 
     def get(self, x: Tensor) -> Tensor:
         """Return the chosen columns, [batch pos heads d] or [batch pos columns]."""
