@@ -42,6 +42,11 @@ class Plan:
     writes: tuple[Intervention, ...]
     points: tuple[Point, ...]
 
+    @property
+    def needs_residual_identity(self) -> bool:
+        """Whether something asked for is defined as what is added to the residual stream."""
+        return any(p.site.kind in ("attn_out", "mlp_out") for p in self.points)
+
     @staticmethod
     def make(atlas: Atlas, read: Sequence[Any], write: Sequence[Any]) -> "Plan":
         """Validate a request and find its places.

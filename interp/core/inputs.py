@@ -1,19 +1,16 @@
 """What can be run: text, texts, ids or `Tokens`, checked before the model sees them."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.core.errors import DataError, ModelError
+from interp.core.errors import DataError
 from interp.core.text import Tokens, pad_id_of, pad_rows, tokenize
 
-if TYPE_CHECKING:
-    from interp.core.manager import HookManager
-
-__all__ = ["Inputs", "check_positions", "check_tokens", "read_inputs"]
+__all__ = ["Inputs", "check_tokens", "read_inputs"]
 
 Inputs = Any
 """Text, a list of texts, a LongTensor [batch pos] or [pos], a list of (lists of) ids, or `Tokens`."""
@@ -101,40 +98,3 @@ def check_tokens(tokens: Tokens, *, rows: int, longest: int | None) -> None:
         raise DataError(
             f"{int(tokens.lengths.max())} tokens, but this model has {longest} learned positions; cut the input"
         )
-
-
-def check_positions(hm: "HookManager", tokens: Tokens, position_ids: Any, *, checked: bool) -> bool:
-    """Check position ids; where they start again (packed documents), check once that the family keeps documents apart.
-
-    Returns:
-        Whether packing is now known to be right for this model.
-
-    Raises:
-        DataError: the wrong shape or dtype, or packed rows that are padded as well.
-        ModelError: packed documents see each other in this family.
-    """
-    good = isinstance(position_ids, Tensor) and position_ids.shape == tokens.ids.shape
-    if not good or position_ids.is_floating_point() or position_ids.dtype == torch.bool:
-        shape = tuple(getattr(position_ids, "shape", ()))
-        raise DataError(
-            f"position_ids must be whole numbers in the shape of the ids {tuple(tokens.ids.shape)}, got {shape}"
-        )
-    if not bool((position_ids[:, 1:] < position_ids[:, :-1]).any()):
-        return checked
-    if not bool(tokens.mask.all()):
-        raise DataError("packed rows (positions that start again) cannot be padded as well; fill the rows or cut them")
-    if checked:
-        return True
-    n = 6
-    first = torch.arange(1, n + 1, device=hm.device)[None] % max(2, hm.d_vocab - 1)
-    positions = torch.arange(n, device=hm.device).repeat(2)[None]
-    with torch.no_grad():
-        alone = hm.caller(first, mask=None, position_ids=None, keep=None).logits
-        packed = hm.caller(torch.cat([first, first], 1), mask=None, position_ids=positions, keep=None).logits[:, n:]
-    off, size = float((packed - alone).abs().max()), float(alone.abs().max())
-    if not off <= (1e-3 if hm.dtype == torch.float32 else 5e-2) * max(1.0, size):
-        raise ModelError(
-            f"{hm.map.family} lets packed documents see each other (logits off by {off:.1e}): "
-            "use packing 'concat' or 'one_doc'"
-        )
-    return True

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from interp.core.attention import install_tap
+from interp.core.checks import check_positions, check_residual
 from interp.core.engine import Plan
 from interp.core.errors import DataError, ModelError
 from interp.core.generate import Generation, generate_pass
-from interp.core.inputs import Inputs, check_positions, check_tokens, read_inputs
+from interp.core.inputs import Inputs, check_tokens, read_inputs
 from interp.core.intervention import Intervention
 from interp.core.loading import load_model, skeleton
 from interp.core.modelmap import ModelMap
@@ -53,6 +54,7 @@ class HookManager:
         self.caller = Caller(model)
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._packing_checked = False
+        self._residual_checked = False
 
     @classmethod
     def load(
@@ -379,13 +381,21 @@ class HookManager:
 
     def _plan(self, read: Any, write: Any) -> Plan:
         key = tuple(read) if isinstance(read, list | tuple) else (read,)
-        if write or not all(isinstance(r, str) for r in key):
-            return Plan.make(self.atlas, read, write)
-        if key not in self._plans:
+        if not write and key in self._plans:
+            return self._plans[key]
+        plan = Plan.make(self.atlas, read, write)
+        if not self._residual_checked and not self.model.training and plan.needs_residual_identity:
+            self._residual_checked = True
+            try:
+                check_residual(self)
+            except BaseException:
+                self._residual_checked = False
+                raise
+        if not write and all(isinstance(r, str) for r in key):
             if len(self._plans) > 256:
                 self._plans.clear()
-            self._plans[key] = Plan.make(self.atlas, read, ())
-        return self._plans[key]
+            self._plans[key] = plan
+        return plan
 
     def _refuse_training(self, verb: str) -> None:
         if self.model.training:

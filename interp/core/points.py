@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from interp.core.errors import SiteError, nearest
+from interp.core.errors import ModelError, SiteError, nearest
 from interp.core.modelmap import ModelMap
 from interp.core.norms import NormSpec, identify_norm
 from interp.core.site import KINDS, Site
@@ -98,13 +98,14 @@ class Atlas:
             whole = [Site(k) for k, kind in KINDS.items() if not kind.in_block]
             before = [s for s in whole if s.kind in ("embed", "pos_embed")]
             after = sorted((s for s in whole if s not in before), key=_final_order)
-            self._all = [s for s in (*before, *layered, *after) if self._exists(s)]
+            self._all = [s for s in (*before, *layered, *after) if self.has(s)]
         return self._all
 
-    def _exists(self, site: Site) -> bool:
+    def has(self, site: Site | str) -> bool:
+        """Whether this model has a site."""
         try:
-            self.point(site)
-        except SiteError:
+            self.point(Site(site))
+        except (SiteError, ModelError):
             return False
         return True
 

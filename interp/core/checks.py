@@ -1,0 +1,77 @@
+"""Checks of a model's own behaviour, made once per manager, when something first relies on it."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from interp.core.errors import DataError, ModelError
+from interp.core.text import Tokens
+
+if TYPE_CHECKING:
+    from interp.core.manager import HookManager
+
+__all__ = ["check_positions", "check_residual"]
+
+
+def _few_ids(hm: "HookManager", n: int) -> Tensor:
+    return torch.arange(1, n + 1, device=hm.device)[None] % max(2, hm.d_vocab - 1)
+
+
+def check_residual(hm: "HookManager") -> None:
+    """Check on four tokens that resid_pre + attn_out + mlp_out = resid_post in every block.
+
+    A family whose block adds something else (another branch, a multiplier of its own) is found here, not in a
+    decomposition that quietly does not sum.
+
+    Raises:
+        ModelError: names the block and by how much it is off.
+    """
+    kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    layers = [i for i in range(hm.n_layers) if all(hm.atlas.has(f"{i}.{k}") for k in kinds)]
+    out = hm.run(_few_ids(hm, 4), read=[f"{i}.{k}" for i in layers for k in kinds])
+    for i in layers:
+        pre, attn, mlp, post = (out[k, i].float() for k in kinds)
+        off, size = float((pre + attn + mlp - post).abs().max()), float(post.abs().max())
+        if not off <= (1e-4 if hm.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, size):
+            raise ModelError(
+                f"{hm.map.family}, block {i}: resid_pre + attn_out + mlp_out is off resid_post by {off:.1e}, so this block "
+                "adds something else to its stream; read attn.in, z, mlp.in or resid_post instead, or give a ModelMap"
+            )
+
+
+def check_positions(hm: "HookManager", tokens: Tokens, position_ids: Any, *, checked: bool) -> bool:
+    """Check position ids; where they start again (packed documents), check once that the family keeps documents apart.
+
+    Returns:
+        Whether packing is now known to be right for this model.
+
+    Raises:
+        DataError: the wrong shape or dtype, or packed rows that are padded as well.
+        ModelError: packed documents see each other in this family.
+    """
+    good = isinstance(position_ids, Tensor) and position_ids.shape == tokens.ids.shape
+    if not good or position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        shape = tuple(getattr(position_ids, "shape", ()))
+        raise DataError(
+            f"position_ids must be whole numbers in the shape of the ids {tuple(tokens.ids.shape)}, got {shape}"
+        )
+    if not bool((position_ids[:, 1:] < position_ids[:, :-1]).any()):
+        return checked
+    if not bool(tokens.mask.all()):
+        raise DataError("packed rows (positions that start again) cannot be padded as well; fill the rows or cut them")
+    if checked:
+        return True
+    n = 6
+    first = torch.arange(1, n + 1, device=hm.device)[None] % max(2, hm.d_vocab - 1)
+    positions = torch.arange(n, device=hm.device).repeat(2)[None]
+    with torch.no_grad():
+        alone = hm.caller(first, mask=None, position_ids=None, keep=None).logits
+        packed = hm.caller(torch.cat([first, first], 1), mask=None, position_ids=positions, keep=None).logits[:, n:]
+    off, size = float((packed - alone).abs().max()), float(alone.abs().max())
+    if not off <= (1e-3 if hm.dtype == torch.float32 else 5e-2) * max(1.0, size):
+        raise ModelError(
+            f"{hm.map.family} lets packed documents see each other (logits off by {off:.1e}): "
+            "use packing 'concat' or 'one_doc'"
+        )
+    return True
