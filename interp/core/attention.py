@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +26,7 @@ from interp.core.errors import HookError
 __all__ = ["CURRENT", "LayerTap", "TapSite", "additive_mask", "attention_scores", "install_tap"]
 
 
+@runtime_checkable
 class _State(Protocol):
     taps: dict[int, "LayerTap"]
 
@@ -65,6 +66,7 @@ def _tapped(
     return tap(kernel, default, module, *args, **kwargs)
 
 
+@runtime_checkable
 class TapSite(Protocol):
     """What a run does at one tapped site: edits in order, then reads."""
 

@@ -279,8 +279,9 @@ class Forward:
             handles.append(module.register_forward_hook(hook))
 
     def _pre_hook(self, works: list[_Work]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if CURRENT.get() is not self:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+            # Another thread's forward can see this hook before torch has noted that it takes keywords.
+            if CURRENT.get() is not self or kwargs is None:
                 return None
             name = None if args else _main_argument(kwargs, works[0].point)
             x = args[0] if name is None else kwargs[name]

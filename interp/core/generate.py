@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.core.attention import CURRENT
 from interp.core.engine import Forward, Plan
 from interp.core.errors import DataError, WhereError
 from interp.core.frame import Frame
 from interp.core.passes import check_places, frame_of, generation_frame, refuse_inside_block, write_notes
+from interp.core.place import KEY_SITES
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.text import Tokens, pad_id_of
@@ -78,7 +79,7 @@ def generate_pass(
     prompt.generating = True
     check_places(plan, prompt)
     forward = Forward(plan, prompt)
-    steps = _Steps(forward, prompt, hm)
+    steps = _Steps(forward, prompt)
     arguments = _arguments(hm, tokens, max_new_tokens, temperature, use_cache) | generation_kwargs
     handles = [hm.model.register_forward_pre_hook(steps.before, with_kwargs=True)]
     try:
@@ -150,21 +151,19 @@ def _cuda_devices(hm: "HookManager") -> list[int]:
 class _Steps:
     """Keeps the frame up to date from step to step, and stacks what the steps read."""
 
-    def __init__(self, forward: Forward, prompt: Frame, hm: "HookManager") -> None:
+    def __init__(self, forward: Forward, prompt: Frame) -> None:
         self.forward = forward
         self.prompt = prompt
-        self.hm = hm
         self.known = prompt.ids
-        self.cached = False
+        self.totals: list[int] = []
         self.tokens_wanted = any(_needs_ids(e.selection) for e in forward.plan.writes)
 
-    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if CURRENT.get() is not self.forward:  # another thread's forward
+    def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if CURRENT.get() is not self.forward or kwargs is None:  # another thread's forward
             return
         ids = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         offset = int(cache.get_seq_length()) if cache is not None else 0
-        self.cached = offset > 0 or cache is not None
         if self.tokens_wanted and self.known is not None and offset + ids.shape[1] > self.known.shape[1]:
             new = ids[:, -(offset + ids.shape[1] - self.known.shape[1]) :].cpu()
             self.known = torch.cat([self.known.cpu(), new], dim=1)
@@ -172,6 +171,8 @@ class _Steps:
         self.forward.waiting = set(self.forward.work)
         if offset == 0:
             self.forward.results.clear()
+            self.totals.clear()
+        self.totals.append(self.forward.frame.total)
 
     def after(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
         if CURRENT.get() is not self.forward:
@@ -179,19 +180,23 @@ class _Steps:
         self.forward.check_fired()
 
     def stacked(self, read: Site) -> Tensor:
-        """Join the steps along positions; without a cache the last step holds them all."""
-        parts = self.forward.results[read]
-        axes = [
-            a
-            for a in read.axes
-            if not (isinstance(getattr(read.where, "head", None), int) and a in ("n_heads", "n_kv_heads"))
-        ]
-        if len(parts) == 1 or read.kind == "rot_k":
-            return parts[-1]
+        """Join the steps along positions; without a cache the one step that is left holds them all.
+
+        Keys are placed by their absolute column: a sliding-window cache holds only the last of them.
+        """
+        parts, totals = self.forward.results[read], self.totals
+        one_head = isinstance(getattr(read.where, "head", None), int)
+        axes = [a for a in read.axes if not (one_head and a in ("n_heads", "n_kv_heads"))]
+        axis = axes.index("pos")
+        if read.kind in KEY_SITES:
+            whole = parts[-1].new_zeros(*parts[-1].shape[:axis], totals[-1], *parts[-1].shape[axis + 1 :])
+            for part, total in zip(parts, totals, strict=True):
+                whole.narrow(axis, total - part.shape[axis], part.shape[axis]).copy_(part)
+            return whole
         if "src" in axes:
-            width = parts[-1].shape[-1]
-            parts = [torch.nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
-        return torch.cat(parts, dim=axes.index("pos"))
+            ends = zip(parts, totals, strict=True)
+            parts = [nn.functional.pad(p, (total - p.shape[-1], totals[-1] - total)) for p, total in ends]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _needs_ids(where: Any) -> bool:

@@ -98,6 +98,8 @@ def _tensor(owner: str, name: str, value: Any) -> None:
         raise ShapeError(f"{owner}({name}=…) needs a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise ShapeError(f"{owner}({name}=…) needs a floating-point tensor, got {value.dtype}")
+    if value.numel() == 0:
+        raise ShapeError(f"{owner}({name}=…) is empty: {tuple(value.shape)}")
     if value.device.type == "meta":
         raise ShapeError(f"{owner}({name}=…) is on the meta device and has no values")
     small = value.device.type == "cpu" and value.numel() <= 1 << 20  # a GPU would have to wait, a large one takes time
@@ -111,6 +113,8 @@ def _finite(owner: str, name: str, value: Any) -> None:
         raise ShapeError(f"{owner}({name}=…) needs a number or a tensor [batch], got {type(value).__name__}")
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ShapeError(f"{owner}({name}={value}): expected a finite number")
+    if isinstance(value, Tensor) and value.device.type == "cpu" and not bool(value.isfinite().all()):
+        raise ShapeError(f"{owner}({name}=…) holds NaN or infinity; expected finite numbers")
     if isinstance(value, Tensor) and value.ndim > 1:
         raise ShapeError(f"{owner}({name}=…) needs a number or one per row [batch], got shape {tuple(value.shape)}")
 
@@ -158,8 +162,8 @@ class Replace(Intervention):
             _tensor("Replace", "value", self.value)
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
-        """Return the value, in x's shape."""
-        return place.fit(self.value, x, "Replace").expand_as(x)
+        """Return the value, in x's shape; a copy, because some blocks (Falcon's) add to such tensors in place."""
+        return place.fit(self.value, x, "Replace").expand_as(x).clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -355,7 +359,7 @@ class FreezePattern(Intervention):
         """Return the frozen value."""
         if place.site.kind not in self.kinds and not place.site.kind.endswith(self.kinds):
             raise SiteError(f"{type(self).__name__} acts on {self.kinds[0]} sites, not on {place.site.short}")
-        return x.detach() if self.value is None else place.fit(self.value, x, type(self).__name__).expand_as(x)
+        return x.detach() if self.value is None else place.fit(self.value, x, type(self).__name__).expand_as(x).clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,6 +404,10 @@ class Splice(Intervention):
         latents = self.dictionary.encode(x)
         edited = latents if self.latents is None else self.latents(latents)
         y = self.dictionary.decode(edited)
+        if not isinstance(y, Tensor):
+            raise ShapeError(
+                f"Splice: {type(self.dictionary).__name__}.decode returned {type(y).__name__}, not a tensor"
+            )
         if self.keep_error:
             y = x + (y - self.dictionary.decode(latents)) if self.latents is not None else x
         return y.to(x.dtype)
@@ -424,5 +432,7 @@ class Edit(Intervention):
             raise ShapeError(f"Edit needs a function of the activation, got {type(self.fn).__name__}")
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
-        """Return fn(x)."""
-        return self.fn(x)
+        """Return fn of a copy of x: what fn does in place must not reach beyond `where`, nor fn's own tensors the model."""
+        mine = x.clone()
+        new = self.fn(mine)
+        return new if new is mine or not isinstance(new, Tensor) else new.clone()

@@ -287,10 +287,10 @@ class HookManager:
             raise DataError(f"logits={logits!r}: expected 'all', 'last' or 'none'")
         if logits == "none" and not plan.reads:
             raise DataError("logits='none' and nothing to read: this run would give nothing; add read=[…]")
-        if grad is not None and logits == "none":
-            logits = "none" if not any(r.kind == "logits" for r in plan.reads) else "all"
+        if grad is not None and not callable(grad):
+            raise DataError(f"grad=… takes a function of the run that returns a metric, got {type(grad).__name__}")
         chosen = logits or ("none" if plan.reads and grad is None else "all")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise DataError(f"batch_size={batch_size!r}: expected a whole number of rows ≥ 1")
         if grad is not None and not plan.reads:
             raise DataError("grad=… gives gradients at the sites read; add read=[…]")
@@ -381,7 +381,8 @@ class HookManager:
 
     def _plan(self, read: Any, write: Any) -> Plan:
         key = tuple(read) if isinstance(read, list | tuple) else (read,)
-        if not write and key in self._plans:
+        plain = not write and all(isinstance(r, str) for r in key)
+        if plain and key in self._plans:
             return self._plans[key]
         plan = Plan.make(self.atlas, read, write)
         if not self._residual_checked and not self.model.training and plan.needs_residual_identity:
@@ -391,7 +392,7 @@ class HookManager:
             except BaseException:
                 self._residual_checked = False
                 raise
-        if not write and all(isinstance(r, str) for r in key):
+        if plain:
             if len(self._plans) > 256:
                 self._plans.clear()
             self._plans[key] = plan

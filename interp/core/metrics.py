@@ -53,8 +53,8 @@ def answer_logits(
 
 def logit_diff(
     out: Run | Float[Tensor, "batch pos d_vocab"],
-    answer: int | str | Int[Tensor, " batch"],
-    wrong: int | str | Int[Tensor, " batch"],
+    answer: int | str | Int[Tensor, " n"],
+    wrong: int | str | Int[Tensor, " n"],
     *,
     pos: int = -1,
     mask: Bool[Tensor, "batch width"] | None = None,
@@ -63,7 +63,7 @@ def logit_diff(
 
     Args:
         out: A run with logits, or logits [batch pos d_vocab].
-        answer: Token id of the right answer, one for all rows or [batch]. A string is refused.
+        answer: Token id of the right answer, one for all rows or [n = batch]. A string is refused.
         wrong: Token id of the wrong answer, alike.
         pos: Position whose logits are read; -1 is each row's last real token.
         mask: As in `answer_logits`.
@@ -80,8 +80,8 @@ def logit_diff(
 
 def prob_diff(
     out: Run | Float[Tensor, "batch pos d_vocab"],
-    answer: int | str | Int[Tensor, " batch"],
-    wrong: int | str | Int[Tensor, " batch"],
+    answer: int | str | Int[Tensor, " n"],
+    wrong: int | str | Int[Tensor, " n"],
     *,
     pos: int = -1,
     mask: Bool[Tensor, "batch width"] | None = None,
@@ -93,7 +93,7 @@ def prob_diff(
 
 def rank_of(
     out: Run | Float[Tensor, "batch pos d_vocab"],
-    answer: int | str | Int[Tensor, " batch"],
+    answer: int | str | Int[Tensor, " n"],
     *,
     pos: int = -1,
     mask: Bool[Tensor, "batch width"] | None = None,
@@ -165,7 +165,7 @@ def _column(mask: Bool[Tensor, "batch pos"], pos: int) -> Int[Tensor, " batch"]:
 
 
 def _pick(
-    values: Float[Tensor, "batch d_vocab"], token: int | str | Int[Tensor, " batch"], name: str
+    values: Float[Tensor, "batch d_vocab"], token: int | str | Int[Tensor, " n"], name: str
 ) -> Float[Tensor, " batch"]:
     if isinstance(token, str):
         raise DataError(f"{name}={token!r} is text and a token id was expected; use hm.to_single_token({token!r})")

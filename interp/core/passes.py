@@ -334,8 +334,8 @@ def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
     run = Run({}, tokens=None, mask=None, hm=hm)
     run._values = values
 
-    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if CURRENT.get() is not forward:
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if CURRENT.get() is not forward or kwargs is None:
             return
         forward.frame = _foreign_frame(args, kwargs, forward.frame)
         forward.results.clear()

@@ -115,6 +115,8 @@ class Atlas:
         Raises:
             SiteError: the name is unknown, the layer does not exist, or the glob matches nothing.
         """
+        if not isinstance(name, str | Site):
+            raise SiteError(f"a site is a name such as '6.resid_post', got {type(name).__name__}: {name!r}")
         if isinstance(name, str) and any(c in name for c in "*?["):
             found = Site.match(name, self.sites())
             if not found:

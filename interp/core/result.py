@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
 __all__ = ["FORMAT", "Provenance", "Result", "atomic_write", "token_names"]
+
+_R = TypeVar("_R", bound="Result")
 
 FORMAT = 1
 _JSON_NAME = "result.json"
@@ -67,7 +69,7 @@ class Provenance:
         settings: Mapping[str, Any] | None = None,
         data: Sequence[Tensor] = (),
         seed: int | None = None,
-    ) -> Self:
+    ) -> "Provenance":
         """Describe a call on a model.
 
         Args:
@@ -159,7 +161,7 @@ class Result(ABC):
         return target
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Self:
+    def load(cls: type[_R], folder: str | os.PathLike[str]) -> _R:
         """Read a result that `save` wrote; no model is needed.
 
         Args:
@@ -345,7 +347,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not the record of a result; give the folder that save() wrote")
     if record["format"] != FORMAT:
         raise ArtifactError(
-            f"{path} has format {record['format']!r}, this version reads {FORMAT}; load it with the version that wrote it"
+            f"{path} has format {record['format']!r}, this version reads {FORMAT}; use the version that wrote it"
         )
     return record
 
@@ -356,9 +358,6 @@ def _subclasses(cls: type[Result]) -> Iterator[type[Result]]:
         yield from _subclasses(child)
 
 
-_R = TypeVar("_R", bound=Result)
-
-
 def _find_class(name: str, wanted: type[_R], folder: Path) -> type[_R]:
     module = name.rpartition(".")[0]
     # A file may only name classes of this package, or ones that the reader has imported: loading runs no foreign code.
@@ -367,7 +366,7 @@ def _find_class(name: str, wanted: type[_R], folder: Path) -> type[_R]:
             importlib.import_module(module)
         except ImportError as err:
             raise ArtifactError(f"{folder} holds a {name}, which this version of interp does not have") from err
-    found = [c for c in _subclasses(Result) if _class_name(c) == name]
+    found = [c for c in _subclasses(Result) if _class_name(c) == name]  # type: ignore[type-abstract]
     if not found:
         raise ArtifactError(f"{folder} holds a {name}, which is not imported; import its module first")
     if not issubclass(found[-1], wanted):

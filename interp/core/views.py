@@ -1,7 +1,7 @@
 """How a module's tensor and a site's tensor correspond: there (`get`) and back (`put`)."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from interp.core.errors import HookError, ModelError
 __all__ = ["Columns", "Heads", "NormHeads", "Same", "Scaled", "View", "fused_rows", "linear_weight"]
 
 
+@runtime_checkable
 class View(Protocol):
     """Maps a module's tensor [batch pos features] to a site's tensor and an edited one back."""
 

@@ -1,0 +1,1 @@
+"""Sparse dictionaries, one file per architecture, saved in SAELens' inference format."""

@@ -1,0 +1,219 @@
+"""What every sparse dictionary is: `encode`, `decode`, `loss`, and a folder that SAELens reads."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from interp.core.errors import ArtifactError, ShapeError, nearest
+from interp.core.result import atomic_write
+from interp.data.store import Batch
+
+__all__ = ["ARCHITECTURES", "CFG", "SAE", "WEIGHTS", "Dictionary", "DictionaryConfig", "Losses"]
+
+CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+# SAELens' name of an architecture → the class, imported when it is needed.
+ARCHITECTURES = {"topk": ("interp.dictionaries.topk", "TopKSAE")}
+
+
+_D = TypeVar("_D", bound="Dictionary")
+
+
+class DictionaryConfig(BaseModel):
+    """What SAELens' `cfg.json` says of every dictionary."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str = Field(description="SAELens' name of the architecture")
+    d_in: int = Field(gt=0, description="width of the activations, dimensions")
+    d_sae: int = Field(gt=0, description="number of latents")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = Field(
+        default="float32", description="dtype of the weights"
+    )
+    apply_b_dec_to_input: bool = Field(default=True, description="subtract b_dec before encoding")
+    normalize_activations: Literal["none"] = Field(
+        default="none", description="scaling at run time; ours is folded instead"
+    )
+    reshape_activations: Literal["none"] = Field(default="none", description="reshaping at run time")
+    metadata: dict[str, Any] = Field(default_factory=dict, description="model, site and data; see SAELens")
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a loss gives for one batch; nothing here has been copied to the host.
+
+    Attributes:
+        total: what is minimised.
+        fvu: share of the batch's variance that the reconstruction misses, detached.
+        aux: auxiliary loss before its coefficient, detached.
+        l0: mean number of active latents per token.
+        fired: in how many of the batch's tokens each latent was active.
+    """
+
+    total: Float[Tensor, ""]
+    fvu: Float[Tensor, ""]
+    aux: Float[Tensor, ""]
+    l0: Float[Tensor, ""]
+    fired: Int[Tensor, "d_sae"]
+
+
+class Dictionary(nn.Module, ABC):
+    """A sparse dictionary of directions: `W_enc` [d_in d_sae], `W_dec` [d_sae d_out], `b_enc` and `b_dec`.
+
+    Latents and reconstructions are those of *raw* activations; whatever scaling training used is folded in.
+    """
+
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
+
+    def __init__(self, cfg: DictionaryConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents of some activations."""
+
+    @abstractmethod
+    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the activations that some latents stand for."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, *, dead: Bool[Tensor, "d_sae"] | None = None) -> Losses:
+        """Return the training loss of a batch.
+
+        Args:
+            batch: activations, and a target where it differs.
+            dead: latents that have not fired for long; None when none can be dead yet.
+        """
+
+    @abstractmethod
+    def init_from(self, x: Float[Tensor, "token d_in"], *, seed: int) -> None:
+        """Set the first weights, given a sample of the activations (as the loss will see them) and a seed."""
+
+    @abstractmethod
+    def fold_scale(self, scale: float) -> None:
+        """Turn a dictionary of `scale · x` into the same dictionary of `x`, in place."""
+
+    def before_step(self) -> None:
+        """Change gradients before the optimiser's step; nothing by default."""
+
+    def after_step(self) -> None:
+        """Restore constraints after the optimiser's step; nothing by default."""
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the reconstruction decode(encode(x))."""
+        return self.decode(self.encode(x))
+
+    def save(self, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> Path:
+        """Write SAELens' inference folder: `sae_weights.safetensors`, then `cfg.json`, each atomically.
+
+        Args:
+            folder: where to write; made if it is missing.
+            notes: metadata to add, such as `hook_name` and `model_name`.
+
+        Returns:
+            The folder; `sae_lens.SAE.load_from_disk` reads it too.
+        """
+        from safetensors.torch import save
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        # Weights first: a folder that has a cfg.json is whole.
+        atomic_write(target / WEIGHTS, save(state))
+        # SAELens takes a file without this version for one of its own from before 6.0, and converts it.
+        version = metadata.version("sae-lens")
+        written = {"sae_lens_version": version, "sae_lens_training_version": None, **self.cfg.metadata, **(notes or {})}
+        record = {**self.cfg.model_dump(), "device": "cpu", "metadata": written}
+        atomic_write(target / CFG, json.dumps(record, indent=1, sort_keys=True) + "\n")
+        return target
+
+    @classmethod
+    def load(cls: type[_D], folder: str | Path, *, device: str | torch.device = "cpu") -> _D:
+        """Read a folder that `save` or SAELens wrote; the class follows from its architecture.
+
+        Args:
+            folder: a run folder, or any folder with `cfg.json` and `sae_weights.safetensors`.
+            device: where to put the weights.
+
+        Raises:
+            ArtifactError: no dictionary is there, it is damaged, or it is one that this class cannot be.
+        """
+        path = Path(folder)
+        cfg = _read_cfg(path)
+        found = _class_of(str(cfg["architecture"]), path)
+        if not issubclass(found, cls):
+            raise ArtifactError(f"{path} holds a {found.__name__}, not a {cls.__name__}; use {found.__name__}.load")
+        try:
+            dictionary = cast("_D", found.from_cfg(cfg))
+        except ValidationError as err:
+            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
+            raise ArtifactError(f"{path / CFG}: settings that cannot be followed: {faults}") from err
+        dictionary.load_state_dict(_read_weights(path, dictionary))
+        return dictionary.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    @abstractmethod
+    def from_cfg(cls, cfg: Mapping[str, Any]) -> "Dictionary":
+        """Make an untrained dictionary from the settings in a `cfg.json`."""
+
+    def _check_input(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.cfg.d_in:
+            raise ShapeError(f"activations of shape {tuple(x.shape)} for a dictionary of d_in {self.cfg.d_in}")
+        return x.to(self.W_enc.dtype)
+
+
+class SAE(Dictionary):
+    """A dictionary that reconstructs the activations it reads; `SAE.load(folder)` gives the right architecture."""
+
+
+def _read_cfg(folder: Path) -> dict[str, Any]:
+    path = folder / CFG
+    if not path.is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
+        raise ArtifactError(f"{folder} holds no {CFG} ({held or 'empty'}); give the folder of a finished run")
+    try:
+        cfg = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as err:
+        raise ArtifactError(f"{path} is not valid JSON ({err}); save the dictionary again") from err
+    if not isinstance(cfg, dict) or "architecture" not in cfg:
+        raise ArtifactError(f"{path} names no architecture; expected a SAELens folder of version 6 or later")
+    cfg.pop("device", None)
+    return cfg
+
+
+def _class_of(architecture: str, folder: Path) -> type[Dictionary]:
+    if architecture not in ARCHITECTURES:
+        hint = nearest(architecture, ARCHITECTURES) or f"known: {', '.join(sorted(ARCHITECTURES))}"
+        raise ArtifactError(f"{folder} holds a {architecture!r} dictionary, which cannot be loaded; {hint}")
+    module, name = ARCHITECTURES[architecture]
+    found: type[Dictionary] = getattr(import_module(module), name)
+    return found
+
+
+def _read_weights(folder: Path, dictionary: Dictionary) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as err:
+        raise ArtifactError(f"{path} cannot be read ({err}); save the dictionary again") from err
+    expected = {name: tuple(value.shape) for name, value in dictionary.state_dict().items()}
+    came = {name: tuple(value.shape) for name, value in weights.items()}
+    if came != expected:
+        raise ArtifactError(f"{path} holds {came}; its {CFG} says {expected}")
+    return weights

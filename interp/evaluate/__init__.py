@@ -1,0 +1,1 @@
+"""Evaluations of dictionaries, one definition each."""

@@ -1,0 +1,393 @@
+"""The logit lens: the model's own final norm and unembedding, applied to the residual stream of every layer.
+
+Source: nostalgebraist (2020), "interpreting GPT: the logit lens". Departures: the model's final soft-cap and logit
+scale are applied too, so that the last layer is the model's own output (this is checked at every call); a *direction*
+is read without soft-cap and norm statistics, which are no property of a direction.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from interp.core.errors import DataError, ModelError, ShapeError, SiteError
+from interp.core.manager import HookManager
+from interp.core.metrics import kl_divergence
+from interp.core.result import Provenance, Result, token_names
+from interp.core.site import Site
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects
+
+__all__ = ["DirectionLogits", "LogitLensResult", "direction_logits", "logit_lens"]
+
+_RESIDUALS = ("resid_pre", "resid_mid", "resid_post")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class LogitLensResult(Result):
+    """What the logit lens reads at every residual site and position.
+
+    Attributes:
+        sites: Short names of the sites, in order.
+        tokens: The input's ids.
+        mask: True where a token is real; the floats below are NaN elsewhere.
+        special: True where a token is special; `summary` leaves those out.
+        top_ids: The k likeliest next tokens, likeliest first.
+        top_probs: Their probabilities.
+        entropy: Entropy of the lens' distribution, in nats.
+        kl_to_final: KL(model's output ‖ lens), in nats.
+        target_ids: The token that is asked about at each position, −1 where there is none.
+        target_logprob: Its log-probability in nats, NaN where there is none.
+        target_rank: How many tokens the lens finds likelier than it, −1 where there is none.
+        names: Text of every token id above.
+    """
+
+    title: ClassVar[str] = "Logit lens"
+    sites: list[str]
+    tokens: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    special: Bool[Tensor, "batch pos"]
+    top_ids: Int[Tensor, "site batch pos k"]
+    top_probs: Float[Tensor, "site batch pos k"]
+    entropy: Float[Tensor, "site batch pos"]
+    kl_to_final: Float[Tensor, "site batch pos"]
+    target_ids: Int[Tensor, "batch pos"]
+    target_logprob: Float[Tensor, "site batch pos"]
+    target_rank: Int[Tensor, "site batch pos"]
+    names: dict[int, str]
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Return one row per site, example and position."""
+        import pandas as pd
+
+        rows = []
+        for example, pos in self.mask.nonzero().tolist():
+            target = int(self.target_ids[example, pos])
+            for i, site in enumerate(self.sites):
+                at = (i, example, pos)
+                rows.append(
+                    {
+                        "site": site,
+                        "example": example,
+                        "pos": pos,
+                        "token": self.names[int(self.tokens[example, pos])],
+                        "top_token": self.names[int(self.top_ids[at][0])],
+                        "top_prob": float(self.top_probs[at][0]),
+                        "entropy": float(self.entropy[at]),
+                        "kl_to_final": float(self.kl_to_final[at]),
+                        "target": self.names[target] if target >= 0 else None,
+                        "target_logprob": float(self.target_logprob[at]),
+                        "target_rank": int(self.target_rank[at]) if target >= 0 else None,
+                    }
+                )
+        return pd.DataFrame(rows).astype({"target_rank": "Int64"})
+
+    def plot(self, *, row: int = 0) -> "plotly.graph_objects.Figure":
+        """Draw sites × positions of one example: the likeliest next token in each cell, coloured by its probability.
+
+        Args:
+            row: Which example of the batch.
+        """
+        from interp.report.figures import Axis, heatmap
+
+        if not 0 <= row < len(self.tokens):
+            raise DataError(f"row={row}: the result has examples 0 … {len(self.tokens) - 1}")
+        real = self.mask[row].nonzero()[:, 0].tolist()
+        text = [[self.names[int(self.top_ids[s, row, p, 0])] for p in real] for s in range(len(self.sites))]
+        hover = [[self._hover(s, row, p) for p in real] for s in range(len(self.sites))]
+        return heatmap(
+            self.top_probs[:, row, real, 0],
+            rows=Axis("", self.sites),
+            columns=Axis("token that was read", [self.names[int(self.tokens[row, p])] for p in real]),
+            title="Likeliest next token, read out early",
+            value="probability",
+            text=text,
+            hover=hover,
+        )
+
+    def _hover(self, site: int, row: int, pos: int) -> str:
+        at = (site, row, pos)
+        best = zip(self.top_ids[at].tolist(), self.top_probs[at].tolist(), strict=True)
+        lines = [f"{self.names[i]!r}  {p:.3f}" for i, p in best]
+        lines.append(f"entropy {float(self.entropy[at]):.2f} nats, KL to final {float(self.kl_to_final[at]):.2f} nats")
+        target = int(self.target_ids[row, pos])
+        if target >= 0:
+            lines.append(f"target {self.names[target]!r}: rank {int(self.target_rank[at])}")
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Say, per site, how close the lens is to the model's output; special tokens are left out."""
+        counted = self.mask & ~self.special
+        if not counted.any():
+            counted = self.mask
+        agree = (self.top_ids[..., 0] == self.top_ids[-1, ..., 0])[:, counted].float().mean(1).tolist()
+        far = self.kl_to_final[:, counted].mean(1).tolist()
+        head = f"{int(counted.sum())} positions (special tokens left out); last site: {self.sites[-1]}"
+        rows = [
+            f"{s}: same top token {a:.0%}, KL to output {k:.3f} nats"
+            for s, a, k in zip(self.sites, agree, far, strict=True)
+        ]
+        return "\n".join([head, *rows])
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class DirectionLogits(Result):
+    """Which tokens directions of the residual stream write towards.
+
+    Attributes:
+        logits: Effect of each direction on the logits at σ = 1, centred over the vocabulary.
+        top_ids: Tokens raised most, first the strongest.
+        bottom_ids: Tokens lowered most, first the strongest.
+        names: Text of those tokens.
+    """
+
+    title: ClassVar[str] = "Logits of a direction"
+    logits: Float[Tensor, "n d_vocab"]
+    top_ids: Int[Tensor, "n k"]
+    bottom_ids: Int[Tensor, "n k"]
+    names: dict[int, str]
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Return one row per direction and listed token."""
+        import pandas as pd
+
+        rows = [
+            {
+                "direction": d,
+                "end": end,
+                "rank": rank,
+                "token": self.names[token],
+                "id": token,
+                "logit": float(self.logits[d, token]),
+            }
+            for end, ids in (("top", self.top_ids), ("bottom", self.bottom_ids))
+            for d, listed in enumerate(ids.tolist())
+            for rank, token in enumerate(listed)
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self, *, direction: int = 0) -> "plotly.graph_objects.Figure":
+        """Draw the tokens that one direction raises and lowers most.
+
+        Args:
+            direction: Which of the directions.
+        """
+        from interp.report.figures import Axis, bars
+
+        ids = self.top_ids[direction].tolist() + self.bottom_ids[direction].flip(0).tolist()
+        labels = Axis("", [self.names[i] for i in ids])
+        return bars(self.logits[direction, ids], labels=labels, title=f"Direction {direction}", value="logit at σ = 1")
+
+    def summary(self) -> str:
+        """List the tokens at both ends of each direction."""
+        lines = []
+        for d, (top, bottom) in enumerate(zip(self.top_ids.tolist(), self.bottom_ids.tolist(), strict=True)):
+            up, down = (", ".join(repr(self.names[i]) for i in ids[:5]) for ids in (top, bottom))
+            lines.append(f"direction {d}: raises {up}; lowers {down}")
+        return "\n".join(lines)
+
+
+def logit_lens(
+    hm: HookManager,
+    text: Any,
+    *,
+    sites: Sequence[Site | str] | None = None,
+    top_k: int = 5,
+    targets: int | Int[Tensor, "rows columns"] | None = None,
+) -> LogitLensResult:
+    """Read every residual site as the model reads its last one: final norm, unembedding, logit scale, soft-cap.
+
+    Memory: the residuals, and four tensors [batch pos d_vocab] at a time, whatever the number of sites.
+
+    Args:
+        hm: The model.
+        text: Whatever `hm.run` takes.
+        sites: Residual sites or globs; None takes `0.resid_pre` and every `resid_post`.
+        top_k: How many of the likeliest tokens to keep.
+        targets: The token asked about: one id everywhere, ids [batch pos] (−1 for none), or None for the text's own
+            next token.
+
+    Returns:
+        The readings; tensors are on the host.
+
+    Raises:
+        SiteError: A site that is no residual stream.
+        DataError: `top_k` or `targets` out of range.
+        ModelError: The model makes its logits in a way this lens does not know.
+
+    Source: nostalgebraist (2020); see the module's text for departures.
+    """
+    chosen = _residual_sites(hm, sites)
+    if not 1 <= top_k <= hm.d_vocab:
+        raise DataError(f"top_k={top_k}: expected 1 … {hm.d_vocab}, the size of the vocabulary")
+    last = Site(f"{hm.n_layers - 1}.resid_post")
+    out = hm.run(text, read=list(dict.fromkeys([*chosen, last])), logits="all")
+    assert out.tokens is not None and out.mask is not None
+    tokens, mask = out.tokens.cpu(), out.mask.cpu()
+    wanted = _targets(targets, tokens, mask, hm.d_vocab)
+    decode = _readout(hm)
+    _check_readout(hm, decode(out[last]), out.logits)
+    readings = [_read(decode(out[site]), out.logits, wanted, top_k) for site in chosen]
+    top_ids, top_probs, entropy, kl, logprob, rank = (
+        torch.stack(column).cpu() for column in zip(*readings, strict=True)
+    )
+    missing, none = ~mask, (wanted < 0) | ~mask
+    shown = torch.cat([tokens.reshape(-1), top_ids.reshape(-1), wanted[wanted >= 0]]).unique()
+    return LogitLensResult(
+        provenance=Provenance.of(
+            hm, settings={"sites": [s.short for s in chosen], "top_k": top_k}, data=(tokens, mask)
+        ),
+        sites=[s.short for s in chosen],
+        tokens=tokens,
+        mask=mask,
+        special=hm.special_mask(tokens),
+        top_ids=top_ids,
+        top_probs=top_probs,
+        entropy=entropy.masked_fill(missing, torch.nan),
+        kl_to_final=kl.masked_fill(missing, torch.nan),
+        target_ids=wanted.masked_fill(missing, -1),
+        target_logprob=logprob.masked_fill(none, torch.nan),
+        target_rank=rank.masked_fill(none, -1),
+        names=dict(zip(shown.tolist(), token_names(hm, shown), strict=True)),
+    )
+
+
+def direction_logits(
+    hm: HookManager, direction: Float[Tensor, " d_model"] | Float[Tensor, "n d_model"], *, top_k: int = 10
+) -> DirectionLogits:
+    """Say which tokens a direction of the residual stream raises and lowers, through the final norm's gain.
+
+    The result is (direction − its mean, under LayerNorm) ⊙ gain @ W_U × logit scale, minus its mean over the
+    vocabulary; the gain is 1 + weight where the family says so. No soft-cap, no bias, no σ: divide by the σ of a run
+    for its logits there.
+
+    Args:
+        hm: The model.
+        direction: One direction [d_model] or several [n d_model], of any length.
+        top_k: How many tokens to list at each end.
+
+    Returns:
+        The effects and the listed tokens, on the host.
+
+    Raises:
+        ShapeError: A direction of another width.
+        DataError: `top_k` out of range.
+    """
+    if direction.shape[-1] != hm.d_model:
+        raise ShapeError(
+            f"direction has shape {tuple(direction.shape)}; expected [{hm.d_model}] or [n, {hm.d_model}]: d_model last"
+        )
+    if not 1 <= top_k <= hm.d_vocab:
+        raise DataError(f"top_k={top_k}: expected 1 … {hm.d_vocab}, the size of the vocabulary")
+    with torch.no_grad():
+        norm, unembed = _parts(hm)
+        rows = direction.detach().reshape(-1, hm.d_model).float().to(unembed.weight.device)
+        if norm is not None:
+            spec = hm.atlas.norm("ln_final")
+            gain = spec.gain(norm)
+            rows = spec.centre(rows)
+            rows = rows if gain is None else rows * gain.float().to(rows.device)
+        logits = torch.nn.functional.linear(rows, unembed.weight.float()) * _logit_scale(hm)
+        logits = (logits - logits.mean(-1, keepdim=True)).cpu()
+    top, bottom = logits.topk(top_k).indices, (-logits).topk(top_k).indices
+    shown = torch.cat([top.reshape(-1), bottom.reshape(-1)]).unique()
+    return DirectionLogits(
+        provenance=Provenance.of(hm, settings={"top_k": top_k}, data=(direction,)),
+        logits=logits,
+        top_ids=top,
+        bottom_ids=bottom,
+        names=dict(zip(shown.tolist(), token_names(hm, shown), strict=True)),
+    )
+
+
+def _residual_sites(hm: HookManager, sites: Sequence[Site | str] | None) -> list[Site]:
+    wanted: Sequence[Site | str] = ["0.resid_pre", "*.resid_post"] if sites is None else sites
+    chosen = [site for name in wanted for site in hm.atlas.expand(name)]
+    wrong = next((s for s in chosen if s.kind not in _RESIDUALS or s.where is not None), None)
+    if wrong is not None or not chosen:
+        what = f"{wrong!r} is not a whole residual stream" if wrong is not None else "no sites were given"
+        raise SiteError(
+            f"the logit lens reads {', '.join(_RESIDUALS)}: {what}; for what a part writes, see direction_logits"
+        )
+    return chosen
+
+
+def _logit_scale(hm: HookManager) -> float:
+    """What the unembedding's output is multiplied by (Granite, Cohere)."""
+    config = hm.config
+    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+    return (1.0 / float(divisor) if divisor else 1.0) * (float(factor) if factor else 1.0)
+
+
+def _parts(hm: HookManager) -> tuple[nn.Module | None, nn.Linear]:
+    """The final norm, None where the family has none, and the unembedding."""
+    unembed = hm.map.module(hm.root, "unembed")
+    if not isinstance(unembed, nn.Linear):
+        what = "no unembedding" if unembed is None else f"a {type(unembed).__name__} for an unembedding"
+        raise ModelError(f"{hm.map.family} has {what}; the logit lens needs a linear one")
+    return hm.map.module(hm.root, "ln_final"), unembed
+
+
+def _readout(hm: HookManager) -> Callable[[Tensor], Tensor]:
+    """The model's own way from the residual stream to logits, through its own modules."""
+    norm, unembed = _parts(hm)
+    scale, cap = _logit_scale(hm), getattr(hm.config, "final_logit_softcapping", None)
+
+    def decode(resid: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = resid.to(unembed.weight.device)
+            logits = unembed(x if norm is None else norm(x))
+            logits = logits if scale == 1.0 else logits * scale
+            return logits if not cap else torch.tanh(logits / cap) * cap
+
+    return decode
+
+
+def _check_readout(hm: HookManager, ours: Tensor, logits: Tensor) -> None:
+    off = float((ours.to(logits.device).float() - logits.float()).abs().max())
+    tolerance = (1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2) * max(1.0, float(logits.abs().max()))
+    if not off <= tolerance:
+        raise ModelError(
+            f"{hm.map.family} does more between its last layer and its logits than norm, unembedding, scale and "
+            f"soft-cap (off by {off:.1e}); the logit lens would be wrong here"
+        )
+
+
+def _targets(
+    targets: int | Int[Tensor, "rows columns"] | None,
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    d_vocab: int,
+) -> Int[Tensor, "batch pos"]:
+    if targets is None:
+        following = torch.full_like(tokens, -1)
+        following[:, :-1] = torch.where(mask[:, 1:], tokens[:, 1:], -1)
+        return following
+    wanted = torch.full_like(tokens, targets) if isinstance(targets, int) else targets.detach().cpu().long()
+    if wanted.shape != tokens.shape:
+        raise ShapeError(
+            f"targets {tuple(wanted.shape)} do not fit the tokens {tuple(tokens.shape)}; give ids [batch pos]"
+        )
+    if int(wanted.min()) < -1 or int(wanted.max()) >= d_vocab:
+        raise DataError(
+            f"targets hold {int(wanted.min())} … {int(wanted.max())}; expected ids 0 … {d_vocab - 1}, or −1 for none"
+        )
+    return wanted
+
+
+def _read(logits: Tensor, final: Tensor, wanted: Tensor, top_k: int) -> tuple[Tensor, ...]:
+    """Reduce one site's logits to top ids, their probabilities, entropy, KL, and the target's log-prob and rank."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logprobs = logits.log_softmax(-1)
+    probs = logprobs.exp()
+    best = logits.topk(top_k, dim=-1).indices
+    entropy = -(probs * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    index = wanted.clamp(min=0).to(logits.device)[..., None]
+    rank = (logits > logits.gather(-1, index)).sum(-1)
+    kl = kl_divergence(logits, final.to(logits.device))
+    return best, probs.gather(-1, best), entropy, kl, logprobs.gather(-1, index)[..., 0], rank

@@ -1,0 +1,1 @@
+"""The dictionary trainer: configuration, loop, run folder, and the whole job."""

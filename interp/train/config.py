@@ -1,0 +1,191 @@
+"""The settings of a dictionary's training: one pydantic model per concern, units in the descriptions."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from interp.core.errors import ConfigError, nearest
+from interp.core.site import Site
+
+__all__ = [
+    "DictionaryOptions",
+    "EvaluationOptions",
+    "TextOptions",
+    "TrainConfig",
+    "TrainOptions",
+    "describe_faults",
+    "read_yaml",
+]
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DictionaryOptions(_Options):
+    """The dictionary's architecture and size."""
+
+    kind: Literal["topk"] = Field(default="topk", description="architecture")
+    d_sae: int = Field(default=4096, gt=0, description="latents")
+    k: int = Field(default=32, gt=0, description="latents that may be active per token")
+    k_aux: int | None = Field(default=None, gt=0, description="dead latents per token in AuxK; by default half of d_in")
+    aux_coef: float = Field(default=1 / 32, ge=0, description="weight of AuxK in the loss (no unit)")
+    unit_norm: bool = Field(default=True, description="keep decoder rows at norm 1 while training")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> "DictionaryOptions":
+        if self.k > self.d_sae:
+            raise ValueError(f"k is {self.k}, more than the {self.d_sae} latents of d_sae")
+        return self
+
+
+class TextOptions(_Options):
+    """How text becomes rows of tokens."""
+
+    field: str = Field(default="text", description="key that holds the text in JSON lines and datasets")
+    split: str = Field(default="train", description="split of a hub dataset")
+    ctx: int = Field(default=256, ge=2, description="tokens per row, BOS included")
+    rows: int = Field(default=32, gt=0, description="rows per forward pass")
+    packing: Literal["concat", "block_diagonal", "one_doc"] = Field(
+        default="concat", description="how documents share rows"
+    )
+    bos: bool | None = Field(
+        default=None, description="BOS before each document and row; by default the tokenizer's habit"
+    )
+    hold_out_every: int = Field(default=20, ge=2, description="every so many documents one is kept for the evaluation")
+
+
+class TrainOptions(_Options):
+    """How the dictionary is fitted."""
+
+    tokens: int = Field(
+        default=4_000_000,
+        gt=0,
+        description="tokens to train on, special ones not counted; the text is repeated as needed",
+    )
+    batch_size: int = Field(default=2048, gt=0, description="tokens per step")
+    buffer_tokens: int = Field(default=131_072, gt=0, description="tokens in the shuffling buffer")
+    lr: float | None = Field(default=None, gt=0, description="Adam's step size; by default 2e-4 / √(d_sae / 2^14)")
+    warmup: float = Field(default=0.02, ge=0, le=1, description="share of the tokens over which lr rises from 0")
+    decay: float = Field(
+        default=0.2, ge=0, le=1, description="share of the tokens, at the end, over which lr falls to 0"
+    )
+    grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    dead_after: int | None = Field(
+        default=None,
+        gt=0,
+        description="tokens without firing after which a latent is dead; by default a tenth of all, at most 10M",
+    )
+    normalize: bool = Field(
+        default=True, description="train on activations scaled to mean norm √d_in (folded when saved)"
+    )
+    log_every: int = Field(default=50, gt=0, description="steps between two lines of metrics")
+    deterministic: bool = Field(default=True, description="same seed, same bytes; slower on a GPU")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainOptions":
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are shares of one run: at most 1 together")
+        if self.buffer_tokens < 2 * self.batch_size:
+            raise ValueError(f"buffer_tokens is {self.buffer_tokens}; at least two batches of {self.batch_size}")
+        return self
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """Tokens without firing after which a latent is dead."""
+        return min(self.tokens // 10, 10_000_000) if self.dead_after is None else self.dead_after
+
+
+class EvaluationOptions(_Options):
+    """How the trained dictionary is measured, on documents that it was not trained on."""
+
+    tokens: int = Field(default=100_000, gt=0, description="tokens to run, special ones included")
+    data: str | None = Field(default=None, description="text to use instead of documents held out of the training text")
+
+
+class TrainConfig(_Options):
+    """Train a sparse dictionary on a site of a model."""
+
+    model: str = Field(description="a folder, or a name on the Hugging Face hub")
+    site: str = Field(description="where to read, such as blocks.3.hook_resid_post or 3.resid_post")
+    data: str = Field(description="text: a .txt, .md or .jsonl file, a folder of them, or hf://owner/name")
+    out: str = Field(description="folder to write; it must not hold anything yet")
+    seed: int = Field(default=0, ge=0, description="of the first weights and the shuffling")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default where the model loads")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the model; by default the checkpoint's. The dictionary is always float32"
+    )
+    dictionary: DictionaryOptions = DictionaryOptions()
+    text: TextOptions = TextOptions()
+    train: TrainOptions = TrainOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+
+    @field_validator("site")
+    @classmethod
+    def _site_parses(cls, value: str) -> str:
+        Site(value)
+        return value
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "TrainConfig":
+        """Read a complete configuration from a YAML file.
+
+        Raises:
+            ConfigError: the file is missing or not YAML, or a setting is unknown, missing or out of range.
+        """
+        try:
+            return cls.model_validate(read_yaml(path))
+        except ValidationError as err:
+            raise ConfigError(f"{path}: {describe_faults(err, cls)}") from err
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML, in the order of its fields."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping of settings.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds something else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        beside = [p.name for p in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
+        raise ConfigError(f"no config file {file}; {nearest(file.name, beside) or 'give the path of a YAML file'}")
+    try:
+        held = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as err:
+        fault = " ".join(str(err).split())
+        raise ConfigError(f"{file} is not YAML: {fault}") from err
+    if not isinstance(held, dict):
+        raise ConfigError(f"{file} holds a {type(held).__name__}; expected settings as 'name: value' lines")
+    return held
+
+
+def describe_faults(error: ValidationError, config: type[BaseModel]) -> str:
+    """Say in one line what is wrong with which settings, with the nearest known name for an unknown one.
+
+    Args:
+        error: what pydantic raised.
+        config: the model that was validated.
+    """
+    return "; ".join(_fault(fault, config) for fault in error.errors())
+
+
+def _fault(fault: Any, config: type[BaseModel]) -> str:
+    *path, last = [str(part) for part in fault["loc"]] or [""]
+    name = ".".join([*path, last]).strip(".")
+    if fault["type"] == "extra_forbidden":
+        for part in path:
+            inner = config.model_fields[part].annotation
+            config = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else config
+        known = list(config.model_fields)
+        return f"unknown setting {name!r}; {nearest(last, known) or 'known: ' + ', '.join(known)}"
+    if fault["type"] == "missing":
+        return f"{name} is missing ({config.model_fields[last].description})" if not path else f"{name} is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    came = "" if isinstance(fault["input"], dict | BaseModel) else f", got {fault['input']!r}"
+    return f"{name}: {message}{came}" if name else f"{message}{came}"

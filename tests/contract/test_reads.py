@@ -1,0 +1,138 @@
+"""Reads on every family: complete, true to TransformerLens, to hand-made hooks and to the model's own attention."""
+
+import pytest
+import torch
+
+from interp.core.errors import InterpError
+from interp.core.site import Site
+from tests.contract import laws, plain
+from tests.contract.laws import TOLERANCE
+from tests.families import FAMILIES, manager, tokens
+
+pytestmark = pytest.mark.contract
+every_family = pytest.mark.parametrize("name", list(FAMILIES))
+pattern_families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in laws.NO_PATTERN])
+score_families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in laws.OWN_ATTENTION])
+
+CORE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "attn_scores")
+
+
+@every_family
+def test_every_listed_site_can_be_read_with_its_axes(name: str) -> None:
+    found = laws.reading(name)
+    assert not found.refused
+    for site in found.sites:
+        value = found.run[site.name]
+        assert value.ndim == len(site.axes), site
+        assert torch.isfinite(value).all(), site
+        assert value.shape[0] == 2, site
+        assert not value.requires_grad, site
+
+
+def refused(name: str, kind: str) -> bool:
+    """Whether a core kind is known to be refused by a family."""
+    return (kind == "attn_scores" and name in laws.OWN_ATTENTION) or (kind == "pattern" and name in laws.NO_PATTERN)
+
+
+@every_family
+def test_the_core_sites_of_every_layer_are_listed(name: str) -> None:
+    listed = {site.short for site in laws.listed(name)}
+    kinds = [kind for kind in CORE if not refused(name, kind)]
+    assert not {f"{layer}.{kind}" for layer in range(manager(name).n_layers) for kind in kinds} - listed
+
+
+@every_family
+def test_sites_that_a_family_lacks_are_refused_with_a_reason(name: str) -> None:
+    hm = manager(name)
+    listed = {site.key for site in laws.listed(name)}
+    for kind in ("resid_mid", "mlp_pre", "mlp_post", "mlp_pre_linear", "ln2.out", "pattern", "attn_scores", "rot_q"):
+        site = Site(f"0.{kind}")
+        if site.key not in listed:
+            with pytest.raises(InterpError, match=r".{40,}"):
+                hm.run(tokens(), read=[site])
+
+
+@every_family
+def test_logits_are_bit_equal_to_the_plain_model_with_and_without_reads(name: str) -> None:
+    assert laws.logits_bit_equal(name)
+
+
+@every_family
+def test_the_residual_stream_is_the_sum_of_its_parts(name: str) -> None:
+    assert laws.residual_identity(name) <= TOLERANCE
+
+
+@pattern_families
+def test_pattern_times_v_is_z(name: str) -> None:
+    assert laws.pattern_times_v(name) <= TOLERANCE
+
+
+@score_families
+def test_the_softmax_of_the_scores_is_the_pattern(name: str) -> None:
+    assert laws.scores_softmax(name) <= TOLERANCE
+
+
+@pattern_families
+def test_patterns_are_those_of_the_models_own_eager_attention(name: str) -> None:
+    assert laws.patterns_against_eager(name) <= TOLERANCE
+
+
+@every_family
+def test_reads_equal_hand_made_hooks_on_the_plain_model(name: str) -> None:
+    assert laws.against_plain(name) <= TOLERANCE
+
+
+@every_family
+def test_a_padded_row_reads_as_the_row_alone(name: str) -> None:
+    assert laws.padded_as_unpadded(name) <= TOLERANCE
+
+
+@every_family
+def test_a_batch_reads_as_its_rows_and_a_split_batch_as_the_whole(name: str) -> None:
+    assert laws.batched_as_single(name) <= TOLERANCE
+
+
+@every_family
+def test_slices_taken_inside_the_hook_equal_slices_of_the_whole(name: str) -> None:
+    hm, ids, whole = manager(name), tokens(), laws.reading(name).run
+    read = [
+        Site("1.z").at(pos=-1, head=1),
+        Site("1.resid_post").at(pos=[0, 3]),
+        Site("0.q").at(head=[0, 2]),
+        Site("0.resid_pre").at(rows=1),
+    ]
+    if name not in laws.NO_PATTERN:
+        read.append(Site("1.pattern").at(head=2, pos=5))
+    out = hm.run(ids, read=read)
+    assert torch.equal(out[read[0]], whole["1.z"][:, -1, 1])
+    assert torch.equal(out[read[1]], whole["1.resid_post"][:, [0, 3]])
+    assert torch.equal(out[read[2]], whole["0.q"][:, :, [0, 2]])
+    assert torch.equal(out[read[3]].reshape(ids.shape[1], -1), whole["0.resid_pre"][1])
+    if name not in laws.NO_PATTERN:
+        assert laws.largest(out[read[4]], whole["1.pattern"][:, 2, 5]) <= 1e-6
+
+
+@every_family
+def test_reads_own_their_memory(name: str) -> None:
+    hm, ids = manager(name), tokens()
+    first = hm.run(ids, read=["0.resid_post", "0.z", "0.v"], logits="all")
+    kept = {site: first[site].clone() for site in ("0.resid_post", "0.z", "0.v")}
+    for site in kept:
+        first[site].add_(100.0)
+    again = hm.run(ids, read=list(kept), logits="all")
+    assert all(torch.equal(again[site], kept[site]) for site in kept)
+    assert torch.equal(again.logits, first.logits)
+
+
+def test_patterns_of_the_tiny_models_are_far_from_uniform() -> None:
+    for name in FAMILIES:
+        for pattern in plain.eager_attentions(name, tokens()):
+            row = pattern[:, :, -1]
+            entropy = -(row * row.clamp(min=1e-9).log()).sum(-1).mean()
+            assert entropy < 2.3 < torch.tensor(12.0).log(), name
+
+
+def test_a_sliding_window_shorter_than_the_text_hides_the_first_token() -> None:
+    for name in ("Mistral", "Gemma2", "Gemma3", "GPTNeo", "GptOss"):
+        masked = [pattern[:, :, -1, 0].abs().max() == 0 for pattern in laws.reading(name).run.stack("pattern")]
+        assert any(masked), name

@@ -1,0 +1,75 @@
+"""The tables of the README that are made from the code: `python -m tests.docs.tables [--write]`."""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import interp
+import tests.source as source
+from interp.cli.main import VERBS
+
+README = source.REPO / "README.md"
+
+
+def verbs() -> str:
+    """The command line's verbs, a row each."""
+    return _table(("command", "what it does"), [(f"`interp {name}`", verb.help) for name, verb in VERBS.items()])
+
+
+def methods() -> str:
+    """The methods, a row for each public function: the call, its docstring's opening, its module's source."""
+    rows = [row for path in source.modules() if path.parent.name in source.FAMILIES for row in _rows(path)]
+    return _table(("function", "what it does", "source"), rows)
+
+
+GENERATED: dict[str, Callable[[], str]] = {"methods": methods, "verbs": verbs}
+
+
+def renewed(text: str) -> str:
+    """The README's text with every generated table made anew."""
+    for name, make in GENERATED.items():
+        block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        place = block.search(text)
+        if place is None:
+            raise ValueError(f"README.md has no place for the generated table {name!r}")
+        text = f"{text[: place.start()]}{place[1]}{make()}\n{place[2]}{text[place.end() :]}"
+    return text
+
+
+def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
+    exported = source.exported(path) or []
+    origin = _origin(ast.get_docstring(source.tree(path)) or "")
+    for name, node in source.public_functions(path):
+        if name in exported:
+            home = "interp" if interp._HOMES.get(name) == source.dotted(path) else source.dotted(path)
+            sentence = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            yield f"`{home}.{name}`", sentence, origin
+
+
+def _origin(text: str) -> str:
+    """The first sentence after "Source:" in a module's docstring; a full stop inside "et al. (2020)" ends none."""
+    found = re.search(r"^Source:(.*?)(\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
+    return re.split(r"\. (?=[A-Z])", " ".join(found[1].split()))[0].rstrip(".") if found else ""
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def main() -> int:
+    """Print the generated tables, or write them into the README."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write them into README.md")
+    if parser.parse_args().write:
+        README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print("\n\n".join(make() for make in GENERATED.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The README is true: its Python runs, its tables are the code's, its commands exist."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import tests.source as source
+from interp.cli.main import VERBS
+from tests.docs import tables
+
+README = tables.README.read_text(encoding="utf-8")
+CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def right_hand_lines() -> list[str]:
+    """The code cells under "here" in the section for people who come from other libraries."""
+    section = README.split("## Coming from elsewhere")[1].split("\n## ")[0]
+    cells = [row.split(" | ")[-1] for row in section.splitlines() if row.startswith("| ")][1:]
+    return [cell.strip(" |`") for cell in cells]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The README's Python, run from top to bottom; what it defined."""
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("readme"))
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), names)
+        names["folder"] = Path.cwd()
+    return names
+
+
+def test_the_session_runs_and_its_comments_are_true(session: dict[str, Any]) -> None:
+    out, one, g, hm = (session[name] for name in ("out", "one", "g", "hm"))
+    batch, pos = out.tokens.shape
+    assert out["2.resid_post"].shape == (batch, pos, hm.d_model)
+    assert out["resid_post", 2] is out["blocks.2.hook_resid_post"]
+    assert one["3.z"].shape == (batch, hm.d_head)
+    assert g["2.resid_post"].shape == g.grad["2.resid_post"].shape
+    assert g.grad["2.resid_post"].abs().sum() > 0
+    assert "<script" in (session["folder"] / "attention.html").read_text()
+
+
+def test_the_lines_for_people_from_other_libraries_run(
+    session: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(session["folder"])
+    save_a_dictionary(Path("runs/first"), session["hm"].d_model)
+    lines = right_hand_lines()
+    assert len(lines) > 10
+    for line in lines:
+        with warnings.catch_warnings():
+            # An untrained dictionary on an untrained model: notes about it are no failure of the line.
+            warnings.simplefilter("ignore", UserWarning)
+            exec(compile(line, "README.md", "exec"), session)
+
+
+def save_a_dictionary(folder: Path, d_model: int) -> None:
+    import torch
+
+    from interp.dictionaries.topk import TopKConfig, TopKSAE
+
+    sae = TopKSAE(TopKConfig(d_in=d_model, d_sae=32, k=4))
+    sae.init_from(torch.randn(100, d_model), seed=0)
+    sae.save(folder)
+
+
+def test_the_listing_of_the_nouns_runs(session: dict[str, Any]) -> None:
+    import interp
+
+    hm, text, v = (session[name] for name in ("hm", "text", "v"))
+    clean, corrupt = hm.run(session["clean"], read=["3.z"]), session["corrupted"]
+    out = hm.run(text, read=["*.resid_post", "3.z"], to="cpu", logits="all")
+    assert out.stack("resid_post").shape == (hm.n_layers, *out.tokens.shape, hm.d_model)
+    assert out.logits.shape == (*out.tokens.shape, hm.d_vocab)
+    assert not [note for note in out.notes if "BOS" not in note]
+    where = interp.Where(pos=-1, head=1)
+    last = hm.run(corrupt, write=[interp.Replace("3.z", clean["3.z"], where=where)], logits="last")
+    assert last.logits.shape == (1, 1, hm.d_vocab)
+    hm.tokenizer.chat_template = CHAT
+    try:
+        chat = hm.chat([{"role": "user", "content": "the cat sat"}])
+        steer = interp.Add("2.resid_post", v, scale=4.0, where=interp.Where.generated())
+        assert len(hm.generate(chat, max_new_tokens=3, write=[steer]).text) == 1
+    finally:
+        hm.tokenizer.chat_template = None
+
+
+def test_the_generated_tables_are_the_codes() -> None:
+    assert tables.renewed(README) == README, "run python -m tests.docs.tables --write"
+
+
+def test_the_commands_on_the_page_exist() -> None:
+    commands = [line.split() for block in blocks("bash") for line in block.splitlines()]
+    assert ["bash", "scripts/test"] in commands
+    for words in commands:
+        if words[0] == "interp":
+            assert words[1] in VERBS
+    for path in re.findall(r"`(?:bash |python )?((?:scripts|notebooks|tests|benchmarks)/[\w./]+)", README):
+        assert (source.REPO / path).exists(), f"README.md names {path}"
+
+
+def test_the_readme_is_short_and_plain() -> None:
+    assert len(README.splitlines()) <= 250
+    assert not re.search(r"(?<![\w.])/(tmp|work|root|home)/", README)
+
+
+@pytest.mark.parametrize("path", sorted((source.REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
+    from interp.train.config import TrainConfig
+
+    text = path.read_text(encoding="utf-8")
+    opening = [line for line in text.splitlines()[:6] if line.startswith("#")]
+    assert any("interp train" in line for line in opening), "a config opens with the command that runs it"
+    TrainConfig.model_validate(yaml.safe_load(text))
