@@ -272,6 +272,11 @@ def to_transformer_lens(model: nn.Module, tokenizer: Any) -> Any:
     twin = copy.deepcopy(model, shared)
     config: Any = twin.config
     config.architectures = [type(model).__name__]
+    if tokenizer is not None:
+        # TransformerLens reads these of a tokenizer that was loaded from disk; one made in memory lacks them.
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.init_kwargs.setdefault("name_or_path", "")
+        tokenizer.init_kwargs.setdefault("add_bos_token", True)
     return build_bridge_from_module(
         twin,
         type(model).__name__,

@@ -190,7 +190,9 @@ class _Folding:
             if not reads or parameter.ndim < 2:
                 continue
             if not parameter.is_floating_point() or parameter.element_size() < 2 or parameter.device.type == "meta":
-                raise ModelError(f"block {layer}: {path!r} is {parameter.dtype} on {parameter.device}; load it unquantised")
+                raise ModelError(
+                    f"block {layer}: {path!r} is {parameter.dtype} on {parameter.device}; load it unquantised"
+                )
             axis = 1 if parameter.ndim == 3 and getattr(owner, "is_transposed", False) else parameter.ndim - 1
             shape = [1] * parameter.ndim
             shape[axis] = -1
@@ -203,7 +205,9 @@ class _Folding:
         m = self.map
         post = m.has("ln1_post") or m.has("ln2_post")
         if not self.all_centred or not self.norms or post or m.d_mlp is None:
-            self.notes.append("weights that write to the residual stream are as they were: not every norm is a LayerNorm")
+            self.notes.append(
+                "weights that write to the residual stream are as they were: not every norm is a LayerNorm"
+            )
             return
         for layer in range(m.n_layers):
             for part in ("attn.o", "mlp.out"):
@@ -256,7 +260,9 @@ class _Folding:
         _center(linear_weight(module), 1)
         if isinstance(getattr(module, "bias", None), Tensor):
             _center(module.bias, 0)
-        self.notes.append("the unembedding is centred over the vocabulary: logits are shifted, log-probabilities are not")
+        self.notes.append(
+            "the unembedding is centred over the vocabulary: logits are shifted, log-probabilities are not"
+        )
 
     def describe(self) -> None:
         """Add the notes that sum up the whole."""
@@ -270,7 +276,9 @@ class _Folding:
             self.notes.append("value biases folded into the output bias")
         if self.new_biases:
             kinds = ", ".join(sorted({path.rpartition(".")[2] for path in self.new_biases}))
-            self.notes.append(f"biases were added ({kinds}): save_pretrained writes them, from_pretrained would drop them")
+            self.notes.append(
+                f"biases were added ({kinds}): save_pretrained writes them, from_pretrained would drop them"
+            )
         dtype = next(self.twin.parameters()).dtype
         if dtype in (torch.float16, torch.bfloat16):
             self.notes.append(f"folded weights are rounded to {dtype}; load the model in float32 for exact ones")

@@ -30,120 +30,147 @@ class Kind:
         return self.hook.startswith("blocks.{layer}.")
 
 
+_STREAM = ("batch", "pos", "d_model")
+_QUERY = ("batch", "pos", "n_heads", "d_head")
+_KEYED = ("batch", "pos", "n_kv_heads", "d_head")
+_SQUARE = ("batch", "n_heads", "pos", "src")
+_SCALE = ("batch", "pos", "one")
+_NEURONS = ("batch", "pos", "d_mlp")
+
+_MODEL_KINDS: dict[str, Kind] = {
+    "embed": Kind("hook_embed", _STREAM, "output of the token embedding", ("embed.hook_out",)),
+    "pos_embed": Kind("hook_pos_embed", _STREAM, "output of the learned position embedding", ("pos_embed.hook_out",)),
+    "logits": Kind("logits", ("batch", "pos", "d_vocab"), "the model's own logits, after soft-cap and scaling"),
+    "unembed.in": Kind("unembed.hook_in", _STREAM, "input of the unembedding: the final norm's output"),
+    "unembed.out": Kind(
+        "unembed.hook_out",
+        ("batch", "pos", "d_vocab"),
+        "output of the unembedding, before soft-cap and scaling",
+        ("hook_unembed",),
+    ),
+}
+
+_Row = tuple[str, tuple[str, ...], str, tuple[str, ...]]
+_BLOCK_KINDS: dict[str, _Row] = {
+    "resid_pre": ("hook_resid_pre", _STREAM, "residual stream entering the block", ("hook_in",)),
+    "attn_in": (
+        "hook_attn_in",
+        _STREAM,
+        "what attention's branch reads, before its norm; edits leave the stream alone",
+        (),
+    ),
+    "attn.in": ("attn.hook_in", _STREAM, "input of the attention module, after its norm", ()),
+    "q": ("attn.hook_q", _QUERY, "queries, before q-norm and rotary", ("attn.q.hook_out",)),
+    "k": (
+        "attn.hook_k",
+        _KEYED,
+        "keys, before k-norm and rotary; an edit persists in the KV cache",
+        ("attn.k.hook_out",),
+    ),
+    "v": ("attn.hook_v", _KEYED, "values; an edit persists in the KV cache", ("attn.v.hook_out",)),
+    "rot_q": ("attn.hook_rot_q", _QUERY, "queries as attention uses them: after q-norm and rotary", ()),
+    "rot_k": (
+        "attn.hook_rot_k",
+        _KEYED,
+        "keys as attention uses them: after k-norm and rotary, cached ones included",
+        (),
+    ),
+    "attn_scores": (
+        "attn.hook_attn_scores",
+        _SQUARE,
+        "attention scores after scale, soft-cap and mask",
+        ("scores",),
+    ),
+    "pattern": ("attn.hook_pattern", _SQUARE, "attention weights: softmax of attn_scores", ()),
+    "z": ("attn.hook_z", _QUERY, "input of the output projection, per head", ("attn.o.hook_in",)),
+    "result": (
+        "attn.hook_result",
+        ("batch", "pos", "n_heads", "d_model"),
+        "each head's own output z @ W_O, without b_O; computed when read",
+        (),
+    ),
+    "attn_out": ("hook_attn_out", _STREAM, "what attention adds to the residual stream", ()),
+    "resid_mid": ("hook_resid_mid", _STREAM, "residual stream between attention and MLP", ("mid",)),
+    "mlp_in": (
+        "hook_mlp_in",
+        _STREAM,
+        "what the MLP's branch reads, before its norm; edits leave the stream alone",
+        (),
+    ),
+    "mlp.in": ("mlp.hook_in", _STREAM, "input of the MLP module, after its norm", ()),
+    "router_logits": (
+        "mlp.hook_router_logits",
+        ("batch", "pos", "n_experts"),
+        "a mixture of experts' router logits (read only)",
+        ("mlp.gate.hook_logits",),
+    ),
+    "mlp_pre": (
+        "mlp.hook_pre",
+        _NEURONS,
+        "MLP pre-activation (the gate's, where the MLP is gated)",
+        ("pre", "mlp.pre"),
+    ),
+    "mlp_pre_linear": (
+        "mlp.hook_pre_linear",
+        _NEURONS,
+        "the linear half of a gated MLP, before it is multiplied in",
+        ("pre_linear", "mlp.pre_linear"),
+    ),
+    "mlp_post": (
+        "mlp.hook_post",
+        _NEURONS,
+        "input of the MLP's output projection: the neurons",
+        ("post", "mlp.post", "mlp.out.hook_in"),
+    ),
+    "mlp_out": ("hook_mlp_out", _STREAM, "what the MLP adds to the residual stream", ()),
+    "resid_post": ("hook_resid_post", _STREAM, "residual stream leaving the block", ("hook_out",)),
+}
+
+_NORMS = {
+    "ln1": "the norm before attention",
+    "ln1_post": "the norm on attention's output",
+    "ln2": "the norm before the MLP",
+    "ln2_post": "the norm on the MLP's output",
+}
+
+
+def _norm_kinds() -> dict[str, _Row]:
+    """Scale, normalised value and output of every norm inside a block."""
+    rows: dict[str, _Row] = {}
+    for norm, what in _NORMS.items():
+        rows[f"{norm}.scale"] = (f"{norm}.hook_scale", _SCALE, f"σ of {what}: what it divides by (eps included)", ())
+        normalized = f"{what}: centred and divided by σ, before the gain"
+        rows[f"{norm}.normalized"] = (f"{norm}.hook_normalized", _STREAM, normalized, ())
+        rows[f"{norm}.out"] = (f"{norm}.hook_out", _STREAM, f"{what}: its output, gain and bias applied", ())
+    for norm, axes in (("q_norm", _QUERY), ("k_norm", _KEYED)):
+        rows[f"{norm}.scale"] = (f"attn.{norm}.hook_scale", (*axes[:3], "one"), f"σ of {norm}, per head", ())
+        rows[f"{norm}.normalized"] = (f"attn.{norm}.hook_normalized", axes, f"{norm}, before its gain", ())
+        rows[f"{norm}.out"] = (f"attn.{norm}.hook_out", axes, f"{norm}'s output, before rotary", ())
+    return rows
+
+
+_NORMS_AFTER = {
+    "attn_in": ("ln1",),
+    "v": ("q_norm", "k_norm"),
+    "result": ("ln1_post",),
+    "mlp_in": ("ln2",),
+    "mlp_post": ("ln2_post",),
+}
+
+
 def _kinds() -> dict[str, Kind]:
-    model = ("batch", "pos", "d_model")
-    query, keyed = ("batch", "pos", "n_heads", "d_head"), ("batch", "pos", "n_kv_heads", "d_head")
-    square = ("batch", "n_heads", "pos", "src")
-    scale, mlp = ("batch", "pos", "one"), ("batch", "pos", "d_mlp")
-    kinds: dict[str, Kind] = {
-        "embed": Kind("hook_embed", model, "output of the token embedding", ("embed.hook_out",)),
-        "pos_embed": Kind("hook_pos_embed", model, "output of the learned position embedding", ("pos_embed.hook_out",)),
-        "logits": Kind("logits", ("batch", "pos", "d_vocab"), "the model's own logits, after soft-cap and scaling"),
-        "unembed.in": Kind("unembed.hook_in", model, "input of the unembedding: the final norm's output"),
-        "unembed.out": Kind(
-            "unembed.hook_out",
-            ("batch", "pos", "d_vocab"),
-            "output of the unembedding, before soft-cap and scaling",
-            ("hook_unembed",),
-        ),
-    }
-    blocks: dict[str, tuple[str, tuple[str, ...], str, tuple[str, ...]]] = {
-        "resid_pre": ("hook_resid_pre", model, "residual stream entering the block", ("hook_in",)),
-        "attn_in": (
-            "hook_attn_in",
-            model,
-            "what attention's branch reads, before its norm; edits leave the stream alone",
-            (),
-        ),
-        "attn.in": ("attn.hook_in", model, "input of the attention module, after its norm", ()),
-        "q": ("attn.hook_q", query, "queries, before q-norm and rotary", ("attn.q.hook_out",)),
-        "k": (
-            "attn.hook_k",
-            keyed,
-            "keys, before k-norm and rotary; an edit persists in the KV cache",
-            ("attn.k.hook_out",),
-        ),
-        "v": ("attn.hook_v", keyed, "values; an edit persists in the KV cache", ("attn.v.hook_out",)),
-        "rot_q": ("attn.hook_rot_q", query, "queries as attention uses them: after q-norm and rotary", ()),
-        "rot_k": (
-            "attn.hook_rot_k",
-            keyed,
-            "keys as attention uses them: after k-norm and rotary, cached ones included",
-            (),
-        ),
-        "attn_scores": (
-            "attn.hook_attn_scores",
-            square,
-            "attention scores after scale, soft-cap and mask",
-            ("scores",),
-        ),
-        "pattern": ("attn.hook_pattern", square, "attention weights: softmax of attn_scores", ()),
-        "z": ("attn.hook_z", query, "input of the output projection, per head", ("attn.o.hook_in",)),
-        "result": (
-            "attn.hook_result",
-            ("batch", "pos", "n_heads", "d_model"),
-            "each head's own output z @ W_O, without b_O; computed when read",
-            (),
-        ),
-        "attn_out": ("hook_attn_out", model, "what attention adds to the residual stream", ()),
-        "resid_mid": ("hook_resid_mid", model, "residual stream between attention and MLP", ("mid",)),
-        "mlp_in": (
-            "hook_mlp_in",
-            model,
-            "what the MLP's branch reads, before its norm; edits leave the stream alone",
-            (),
-        ),
-        "mlp.in": ("mlp.hook_in", model, "input of the MLP module, after its norm", ()),
-        "router_logits": (
-            "mlp.hook_router_logits",
-            ("batch", "pos", "n_experts"),
-            "a mixture of experts' router logits (read only)",
-            ("mlp.gate.hook_logits",),
-        ),
-        "mlp_pre": ("mlp.hook_pre", mlp, "MLP pre-activation (the gate's, where the MLP is gated)", ("pre", "mlp.pre")),
-        "mlp_pre_linear": (
-            "mlp.hook_pre_linear",
-            mlp,
-            "the linear half of a gated MLP, before it is multiplied in",
-            ("pre_linear", "mlp.pre_linear"),
-        ),
-        "mlp_post": (
-            "mlp.hook_post",
-            mlp,
-            "input of the MLP's output projection: the neurons",
-            ("post", "mlp.post", "mlp.out.hook_in"),
-        ),
-        "mlp_out": ("hook_mlp_out", model, "what the MLP adds to the residual stream", ()),
-        "resid_post": ("hook_resid_post", model, "residual stream leaving the block", ("hook_out",)),
-    }
-    norms = {
-        "ln1": "the norm before attention",
-        "ln1_post": "the norm on attention's output",
-        "ln2": "the norm before the MLP",
-        "ln2_post": "the norm on the MLP's output",
-    }
-    for norm, what in norms.items():
-        blocks[f"{norm}.scale"] = (f"{norm}.hook_scale", scale, f"σ of {what}: what it divides by (eps included)", ())
-        blocks[f"{norm}.normalized"] = (
-            f"{norm}.hook_normalized",
-            model,
-            f"{what}: centred and divided by σ, before the gain",
-            (),
-        )
-        blocks[f"{norm}.out"] = (f"{norm}.hook_out", model, f"{what}: its output, gain and bias applied", ())
-    for norm, axes in (("q_norm", query), ("k_norm", keyed)):
-        blocks[f"{norm}.scale"] = (f"attn.{norm}.hook_scale", (*axes[:3], "one"), f"σ of {norm}, per head", ())
-        blocks[f"{norm}.normalized"] = (f"attn.{norm}.hook_normalized", axes, f"{norm}, before its gain", ())
-        blocks[f"{norm}.out"] = (f"attn.{norm}.hook_out", axes, f"{norm}'s output, before rotary", ())
-    ends: tuple[tuple[str, tuple[str, ...], str], ...] = (
-        ("scale", scale, "σ of the final norm"),
-        ("normalized", model, "the final norm before its gain"),
-        ("out", model, "the final norm's output"),
-    )
-    for part, shape, what in ends:
-        kinds[f"ln_final.{part}"] = Kind(f"ln_final.hook_{part}", shape, what)
-    for name, (hook, shape, definition, aliases) in blocks.items():
-        kinds[name] = Kind(f"blocks.{{layer}}.{hook}", shape, definition, aliases)
+    """All kinds, those of a block in the order of its forward pass (edits at one module happen in this order)."""
+    kinds, norms = dict(_MODEL_KINDS), _norm_kinds()
+    rows: dict[str, _Row] = {}
+    for name, row in _BLOCK_KINDS.items():
+        rows[name] = row
+        for norm in _NORMS_AFTER.get(name, ()):
+            rows.update({k: r for k, r in norms.items() if k.startswith(f"{norm}.")})
+    for name, (hook, axes, definition, aliases) in rows.items():
+        kinds[name] = Kind(f"blocks.{{layer}}.{hook}", axes, definition, aliases)
+    kinds["ln_final.scale"] = Kind("ln_final.hook_scale", _SCALE, "σ of the final norm")
+    kinds["ln_final.normalized"] = Kind("ln_final.hook_normalized", _STREAM, "the final norm before its gain")
+    kinds["ln_final.out"] = Kind("ln_final.hook_out", _STREAM, "the final norm's output")
     return kinds
 
 

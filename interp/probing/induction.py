@@ -90,8 +90,7 @@ class InductionScores(Result):
             best = values.flatten().topk(min(3, values.numel())).indices.tolist()
             heads = [divmod(i, values.shape[1]) for i in best]
             lines.append(
-                f"{name}: "
-                + ", ".join(f"L{layer}H{head} {float(values[layer, head]):.2f}" for layer, head in heads)
+                f"{name}: " + ", ".join(f"L{layer}H{head} {float(values[layer, head]):.2f}" for layer, head in heads)
             )
         lines.append(f"null control: at most {float(self.null.max()):.2f}")
         return "\n".join(lines)

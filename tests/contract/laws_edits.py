@@ -1,5 +1,6 @@
 """The laws of editing, gradients and generation, as numbers: by how much one family breaks each of them."""
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -115,9 +116,10 @@ def rotary_edits(name: str, layer: int = 0) -> float:
     return worst
 
 
-def writable(hm: HookManager, name: str) -> tuple[list[Site], dict[str, str]]:
+@functools.cache
+def writable(name: str) -> tuple[list[Site], dict[str, str]]:
     """The sites of a family that take an edit, and the typed refusals of the others."""
-    found, refused = [], {}
+    hm, found, refused = manager(name), [], {}
     for site in reading(name).sites:
         try:
             hm.run(tokens(1, 3), write=[Add(site, noise(_features(name, site)))])
@@ -146,10 +148,15 @@ class Idle(NamedTuple):
     silent: list[str]
 
 
-def _idle(name: str, edit: Callable[[Site], Intervention]) -> Idle:
+def early(name: str) -> list[Site]:
+    """Writable sites of the first block and of the whole model: every kind once."""
+    return [site for site in writable(name)[0] if not site.layer]
+
+
+def _idle(name: str, sites: list[Site], edit: Callable[[Site], Intervention]) -> Idle:
     hm, ids, out = manager(name), tokens(), reading(name).run
     same, rounded, silent = 0.0, 0.0, []
-    for site in writable(hm, name)[0]:
+    for site in sites:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*changed nothing")
             got = hm.run(ids, write=[edit(site)], logits="all")
@@ -163,12 +170,12 @@ def _idle(name: str, edit: Callable[[Site], Intervention]) -> Idle:
 def clean_into_clean(name: str) -> Idle:
     """Patch every writable site with its own clean value."""
     out = reading(name).run
-    return _idle(name, lambda site: Replace(site, out[site.name]))
+    return _idle(name, writable(name)[0], lambda site: Replace(site, out[site.name]))
 
 
 def zero_strength(name: str) -> Idle:
-    """Add with scale 0 at every writable site."""
-    return _idle(name, lambda site: Add(site, noise(_features(name, site)), scale=0.0))
+    """Add with scale 0 at every writable kind of site."""
+    return _idle(name, early(name), lambda site: Add(site, noise(_features(name, site)), scale=0.0))
 
 
 def reads_see_edits(name: str) -> float:

@@ -35,7 +35,7 @@ def test_post_rotary_edits_equal_edits_inside_the_models_attention(name: str) ->
 
 @every_family
 def test_core_sites_take_edits_and_the_rest_refuse_with_a_type(name: str) -> None:
-    found, refused = laws_edits.writable(manager(name), name)
+    found, refused = laws_edits.writable(name)
     kinds = {site.kind for site in found}
     assert {"resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "embed"} <= kinds
     assert ("pattern" in kinds) == (name not in laws.OWN_ATTENTION)
@@ -89,7 +89,7 @@ def test_cached_generation_under_edits_equals_decoding_without_a_cache(name: str
 def test_a_value_that_is_patched_in_stays_the_users(name: str) -> None:
     # A block that adds in place (Falcon's) must not write into the tensor that was handed to Replace.
     hm, ids = manager(name), tokens()
-    for site in laws_edits.writable(hm, name)[0]:
+    for site in laws_edits.early(name):
         value = laws_edits.noise(laws.reading(name).run[site.name].shape).abs()
         kept = value.clone()
         hm.run(ids, write=[Replace(site, value)], logits="all")
