@@ -129,7 +129,7 @@ class _Call:
         return scores
 
     def softmax(self, scores: Float[Tensor, "batch n_heads pos src"]) -> Float[Tensor, "batch n_heads pos src"]:
-        """The pattern of scores, in fp32; attention sinks (GPT-OSS) take their share, so rows then sum to less than 1."""
+        """The pattern of scores, in fp32; attention sinks (GPT-OSS) take a share, so rows sum to less than 1."""
         sinks = self.kwargs.get("s_aux")
         if sinks is None:
             sinks = getattr(self.module, "sinks", None)

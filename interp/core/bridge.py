@@ -185,7 +185,7 @@ def _attribute(config: Any, *names: str) -> int:
 def _in_features(module: nn.Module) -> int:
     """Inputs of a Linear or of a GPT-2 Conv1D (whose weight is [in, out])."""
     features = getattr(module, "in_features", None)
-    return int(features if features is not None else module.weight.shape[0])  # type: ignore[union-attr, index]
+    return int(features if features is not None else module.weight.shape[0])  # type: ignore[index]
 
 
 def _n_kv_heads(config: Any, family: str, n_heads: int) -> int:

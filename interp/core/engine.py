@@ -69,7 +69,8 @@ class Plan:
                 edit = Edit(*edit)
             if not isinstance(edit, Intervention):
                 raise ShapeError(
-                    f"write=[…] takes edits such as interp.Add(site, vector) or (site, function), got {type(edit).__name__}"
+                    f"write=[…] takes edits such as interp.Add(site, vector) or (site, function), "
+                    f"got {type(edit).__name__}"
                 )
             for site in atlas.expand(edit.site):
                 point = atlas.point(site)
@@ -255,7 +256,7 @@ class Forward:
                 handle.remove()
 
     def _rooted(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Start the graph at the embedding when every parameter is frozen: anywhere later would cut off what is before."""
+        """Start the graph at the embedding when all parameters are frozen: later would cut off what is before."""
         if CURRENT.get() is not self or output.requires_grad:
             return None
         return output.detach().requires_grad_(True).clone()
@@ -355,8 +356,8 @@ class Forward:
         frame = self.frame
         if x.ndim < 3 or x.shape[0] != frame.batch or x.shape[1] != frame.length:
             raise HookError(
-                f"{point.site.short}: {point.path} gave {tuple(x.shape)} where [batch {frame.batch}, pos {frame.length}, …] "
-                "was expected; this module lays its tensors out in another way"
+                f"{point.site.short}: {point.path} gave {tuple(x.shape)} where [batch {frame.batch}, pos {frame.length}, "
+                "…] was expected; this module lays its tensors out in another way"
             )
 
     def _visit_norm(self, works: list[_Work], module: nn.Module, x: Tensor, output: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Source: TransformerLens' weight processing (`fold_ln`, `center_writing_weights`, `center_unembed`, `fold_value_biases`),
 and the algebra behind it: LayerNorm's gain and bias are linear, and what it centres may be centred before. Departures:
-the result is the same Hugging Face class; norms on a sublayer's output stay as they are; a result whose predictions
-differ from the original's is refused.
+the result is the same Hugging Face class, whose norms are at gain 1; norms on a sublayer's output stay as they are;
+a gate that reads a LayerNorm is centred like its other readers; a result whose predictions differ is refused.
 """
 
 import copy
@@ -271,7 +271,7 @@ class _Folding:
             self.notes.append(f"{', '.join(norms)}: gain and bias folded into the weights that read them")
         left = [part for part in ("ln1_post", "ln2_post", "embed_ln", "attn.q_norm") if self.map.has(part)]
         if left:
-            self.notes.append(f"{', '.join(left)}: left as they are")
+            self.notes.append(f"not folded: {', '.join(left)}")
         if "b_V" in self.folded:
             self.notes.append("value biases folded into the output bias")
         if self.new_biases:

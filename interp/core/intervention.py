@@ -405,9 +405,7 @@ class Splice(Intervention):
         edited = latents if self.latents is None else self.latents(latents)
         y = self.dictionary.decode(edited)
         if not isinstance(y, Tensor):
-            raise ShapeError(
-                f"Splice: {type(self.dictionary).__name__}.decode returned {type(y).__name__}, not a tensor"
-            )
+            raise ShapeError(f"Splice: {type(self.dictionary).__name__}.decode gave {type(y).__name__}, not a tensor")
         if self.keep_error:
             y = x + (y - self.dictionary.decode(latents)) if self.latents is not None else x
         return y.to(x.dtype)

@@ -130,7 +130,8 @@ def _check_folder(name: str) -> None:
 
 
 def _cannot_load(name: str, err: Exception) -> str:
-    first = str(err).strip().splitlines()[0][:300].rstrip(".") if str(err).strip() else type(err).__name__
+    text = str(err).strip() or type(err).__name__
+    first = text.splitlines()[0][:300].rstrip(".")
     message = f"cannot load {name!r}: {first}"
     if "trust_remote_code" in str(err):
         return f"{message}. It runs code of its own; read that code, then give trust_remote_code=True"

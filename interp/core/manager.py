@@ -170,7 +170,8 @@ class HookManager:
         m = self.map
         return (
             f"HookManager({self.name!r}: {m.family}, {m.n_layers} layers, d_model {m.d_model}, {m.n_heads} heads"
-            f"{'' if m.n_heads == m.n_kv_heads else f' / {m.n_kv_heads} kv'}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+            f"{'' if m.n_heads == m.n_kv_heads else f' / {m.n_kv_heads} kv'}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
 
     # -- tokens -------------------------------------------------------------------------------------------------
@@ -240,7 +241,8 @@ class HookManager:
             first = tokens.ids.gather(1, tokens.mask.int().argmax(1, keepdim=True))
             if not bool((first == bos).all()):
                 return [
-                    f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools usually do; to_tokens(…, bos=True)"
+                    f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools "
+                    "usually do; to_tokens(…, bos=True)"
                 ]
         return []
 
@@ -401,7 +403,8 @@ class HookManager:
     def _refuse_training(self, verb: str) -> None:
         if self.model.training:
             raise ModelError(
-                f"the model is in train mode, where dropout changes activations; call hm.model.eval() before {verb}, or use hm.hooked(…)"
+                f"the model is in train mode, where dropout changes activations; call hm.model.eval() "
+                f"before {verb}, or use hm.hooked(…)"
             )
 
     # -- other forms --------------------------------------------------------------------------------------------
@@ -423,7 +426,7 @@ class HookManager:
         )
 
     def to_transformer_lens(self) -> Any:
-        """Return a `TransformerBridge` over this model's own tensors, for TransformerLens' tools; this model stays as it is.
+        """Return a `TransformerBridge` over this model's own tensors; the model itself stays as it is.
 
         Raises:
             ModelError: TransformerLens has no adapter for the architecture.

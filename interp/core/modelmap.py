@@ -32,7 +32,7 @@ class ModelMap:
         attention: "tap" where attention goes through transformers' attention interface; "output" where the attention
             module's second output is the pattern; "refused" where neither.
         rotary: whether queries and keys are rotated between the projections and the attention.
-        qk_norm_heads_first: q- and k-norms see [batch heads pos d] (True) or [batch pos heads d] (False); None: unknown.
+        qk_norm_heads_first: q- and k-norms see [batch heads pos d] (True), [batch pos heads d] (False) or unknown.
         reasons: kind or part of a site's name → why this family has no such site.
     """
 

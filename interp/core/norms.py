@@ -96,8 +96,10 @@ def identify_norm(module: nn.Module, path: str, width: int) -> NormSpec:
     size = max(1.0, float(expected.abs().max()))
     if not errors[best] <= tolerance * size:
         raise ModelError(
-            f"the norm {path!r} ({type(module).__name__}) follows none of LayerNorm, RMSNorm, RMSNorm with (1 + weight) "
-            f"(closest: off by {errors[best]:.1e}); its scale and normalised value are not offered. Its output is ('.out')"
+            f"the norm {path!r} ({type(module).__name__}) follows none of LayerNorm, RMSNorm, RMSNorm with "
+            "(1 + weight) "
+            f"(closest: off by {errors[best]:.1e}); its scale and normalised value are not "
+            "offered; its output ('.out') is"
         )
     return candidates[best]
 

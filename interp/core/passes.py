@@ -109,7 +109,8 @@ def run_pass(
     whole_batch = next((e for e in plan.writes if e.needs_whole_batch), None)
     if size < n and whole_batch is not None:
         raise DataError(
-            f"{type(whole_batch).__name__}({whole_batch.site!r}) mixes rows, so the batch cannot be split; leave batch_size out"
+            f"{type(whole_batch).__name__}({whole_batch.site!r}) mixes rows, so the batch cannot be "
+            "split; leave batch_size out"
         )
     if grad is not None and size < n:
         raise DataError(
@@ -320,14 +321,14 @@ def write_notes(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> No
     for number, did in zip(flags, changed, strict=True):
         if not did:
             edit = plan.writes[number]
-            note = f"{type(edit).__name__} at {Site(edit.site).short} changed nothing: the activation already had that value"
+            note = f"{type(edit).__name__} at {Site(edit.site).short} changed nothing: it already had that value"
             notes.append(note)
             warnings.warn(note, stacklevel=4)
 
 
 @contextmanager
 def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
-    """Attach a plan to whatever forwards the caller makes with the model itself; the run holds the latest one's reads."""
+    """Attach a plan to the forwards that the caller makes; the run holds the latest one's reads."""
     frame = Frame(ids=None, mask=None, batch=1, length=1, prompt_length=1)
     forward = Forward(plan, frame, detach=False, block_of=hm.model)
     values: dict[Site, Tensor] = {}

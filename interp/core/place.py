@@ -106,7 +106,7 @@ class Place:
         )
 
     def _lead(self, value: Tensor, x: Tensor, features: tuple[int, ...]) -> Tensor | None:
-        """Line up leading axes: none, [batch], [batch, pos] or [batch, n selected]; None when the shape does not fit."""
+        """Line up leading axes: none, [batch], [batch, pos] or [batch, n selected]; None when it does not fit."""
         frame, n_features = self.frame, len(features)
         lead, tail = value.shape[: value.ndim - n_features], value.shape[value.ndim - n_features :]
         if value.ndim < n_features or any(t not in (1, f) for t, f in zip(tail, features, strict=True)):
@@ -141,7 +141,7 @@ class Place:
         return None
 
     def _fit_square(self, value: Tensor, x: Tensor, who: str) -> Tensor:
-        """Values for pattern and attn_scores: [pos src], [n_heads pos src], [batch n_heads pos src], [batch pos src] for one head."""
+        """Values for pattern and attn_scores: [pos src], with heads, with batch and heads, or [batch pos src] for one head."""
         if value.ndim == 4 and value.shape[0] == self.frame.n_rows:
             value = value[self.frame.row0 : self.frame.row0 + self.frame.batch]
         if value.ndim == 3 and isinstance(self.where.head, int) and value.shape[0] == self.frame.n_rows != x.shape[1]:
@@ -155,7 +155,8 @@ class Place:
             fits = False
         if not fits:
             raise ShapeError(
-                f"{who} at {self.site.short}: got {tuple(value.shape)}; the activation is {tuple(x.shape)} [{' '.join(self.site.axes)}]"
+                f"{who} at {self.site.short}: got {tuple(value.shape)}; the activation is {tuple(x.shape)} "
+                f"[{' '.join(self.site.axes)}]"
             )
         return value
 

@@ -21,6 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.core.errors import ArtifactError
+from interp.core.text import str_tokens
 
 if TYPE_CHECKING:
     import pandas
@@ -231,11 +232,8 @@ def token_names(hm: "HookManager", ids: Int[Tensor, "*n"]) -> list[str]:
         hm: The model.
         ids: Token ids of any shape.
     """
-    flat = ids.reshape(-1).tolist()
-    if hm.tokenizer is None:
-        return [str(i) for i in flat]
-    text = {i: str(hm.tokenizer.decode([i])) for i in set(flat)}
-    return [text[i] for i in flat]
+    flat = ids.reshape(1, -1)
+    return [str(i) for i in flat[0].tolist()] if hm.tokenizer is None else str_tokens(hm.tokenizer, flat)[0]
 
 
 def _digest(*parts: bytes) -> str:

@@ -98,7 +98,8 @@ class Run(Gradients):
         """
         if self._logits is None:
             raise DataError(
-                "this run has no logits: activations were read, so the forward stopped early; give logits='all' or 'last'"
+                "this run has no logits: activations were read, so the forward stopped early; "
+                "give logits='all' or 'last'"
             )
         return self._logits
 

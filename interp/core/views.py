@@ -158,6 +158,7 @@ def linear_weight(module: nn.Module) -> Float[Tensor, "d_in d_out"]:
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no weight"
         raise ModelError(
-            f"{type(module).__name__} holds {kind}, not a floating-point matrix (quantised?); load the model unquantised"
+            f"{type(module).__name__} holds {kind}, not a floating-point matrix (quantised?); "
+            "load the model unquantised"
         )
     return weight if type(module).__name__ == "Conv1D" else weight.T

@@ -412,3 +412,12 @@ def test_ablating_the_previous_token_head_ends_induction() -> None:
     without = hm.run(TEXT, write=[Ablate("0.z")])
     assert float(whole) > 1.0 > float(logit_diff(without, 6, 5))
     assert float(induction_scores(hm, bos=True, write=[Ablate("0.z")]).induction[1, 0]) < 0.1
+
+
+def test_a_model_without_a_tokenizer_is_shown_by_its_token_ids() -> None:
+    hm = HookManager.load(make("Llama"))
+    lens = logit_lens(hm, tokens())
+    assert lens.names[int(tokens()[0, 0])] == str(int(tokens()[0, 0]))
+    assert repr(str(int(tokens()[0, -1]))) in str(show_attention(hm, tokens()[:1], layer=0)) and lens.plot().data
+    assert activation_patch(hm, tokens(), tokens(seed=1), sites="resid_mid", metric=w6_over_w9).columns[3] == "3"
+    assert induction_scores(hm, seq_len=5, n_seqs=2).induction.shape == (3, 4)

@@ -57,7 +57,7 @@ def fresh(k: int = ACTIVE) -> TopKSAE:
 def test_a_planted_dictionary_of_64_atoms_is_recovered() -> None:
     atoms, batches = planted()
     sae = fresh()
-    training = train_dictionary(batches, sae, options(tokens=400_000), progress=False)
+    training = train_dictionary(batches, sae, options(tokens=200_000), progress=False)
     assert mmcs(atoms, sae.W_dec) > 0.95
     assert training.last["fvu"] < 0.08 and training.last["l0"] == pytest.approx(ACTIVE, abs=0.1)
     # The scale that training used is folded: the SAE is of raw activations, whose norm is far from √d.
@@ -67,7 +67,7 @@ def test_a_planted_dictionary_of_64_atoms_is_recovered() -> None:
     # Null control: the same measure on activations without atoms.
     noise = (Batch(x=torch.randn(BATCH, D)) for _ in itertools.count())
     control = fresh()
-    train_dictionary(noise, control, options(tokens=100_000), progress=False)
+    train_dictionary(noise, control, options(tokens=50_000), progress=False)
     assert mmcs(atoms, control.W_dec) < 0.7
 
 
