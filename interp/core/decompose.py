@@ -276,7 +276,7 @@ def _same_slices(run: Run, sites: Sequence[Site]) -> None:
         )
 
 
-def _heads(run: Run, block: int) -> tuple[Float[Tensor, "n_heads *rest d_model"], Float[Tensor, " d_model"] | None]:
+def _heads(run: Run, block: int) -> tuple[Float[Tensor, "n_heads *rest d_model"], Float[Tensor, "*bias d_model"] | None]:
     """What each head of a block adds to the stream, and what comes on top of them all."""
     hm = run.hm
     m, weights = hm.map, hm.weights[block]

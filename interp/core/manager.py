@@ -24,7 +24,7 @@ from interp.core.points import Atlas
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.sitetable import SiteTable
-from interp.core.text import Chat, Tokens, chat_tokens, special_mask, str_tokens, tokenize
+from interp.core.text import Chat, Tokens, chat_tokens, single_token, special_mask, str_tokens
 
 if TYPE_CHECKING:
     from interp.core.weights import Weights
@@ -218,13 +218,7 @@ class HookManager:
         Raises:
             DataError: it is several tokens (they are shown), or none.
         """
-        ids = tokenize(self.tokenizer, text, bos=False).ids[0] if text else torch.zeros(0)
-        if len(ids) != 1:
-            shown = (
-                " | ".join(repr(t) for t in str_tokens(self.tokenizer, ids[None].long())[0]) if len(ids) else "nothing"
-            )
-            raise DataError(f"{text!r} is {len(ids)} tokens ({shown}), not one; many words need a leading space")
-        return int(ids[0])
+        return single_token(self.tokenizer, text)
 
     def special_mask(self, ids: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
         """Return True where a token is special (BOS, EOS, pad, …); fits and statistics leave those out."""

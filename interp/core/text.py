@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp.core.errors import DataError
 
-__all__ = ["Chat", "Tokens", "chat_tokens", "pad_rows", "special_mask", "str_tokens", "tokenize"]
+__all__ = ["Chat", "Tokens", "chat_tokens", "pad_rows", "single_token", "special_mask", "str_tokens", "tokenize"]
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,25 @@ def str_tokens(tokenizer: Any, ids: Int[Tensor, "batch pos"]) -> list[list[str]]
         return known[i]
 
     return [[text(i) for i in row] for row in ids.tolist()]
+
+
+def single_token(tokenizer: Any, text: str) -> int:
+    """Return the id of a string that is exactly one token, its leading space included.
+
+    SentencePiece puts a space before every text, so " She" is looked up there as "She" too.
+
+    Raises:
+        DataError: it is several tokens (they are shown), or none.
+    """
+    if not isinstance(text, str) or not text:
+        raise DataError(f"a single token is asked for by its text, got {text!r}")
+    tried = [tokenize(tokenizer, t, bos=False).ids for t in (text, text.removeprefix(" ")) if t]
+    for ids in tried:
+        if ids.shape[1] == 1 and (ids is tried[0] or str_tokens(tokenizer, ids)[0][0] == text):
+            return int(ids[0, 0])
+    shown = " | ".join(repr(t) for t in str_tokens(tokenizer, tried[0])[0])
+    hint = "" if text.startswith(" ") else "; many words need a leading space"
+    raise DataError(f"{text!r} is {tried[0].shape[1]} tokens ({shown}), not one{hint}")
 
 
 def special_mask(tokenizer: Any, ids: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:

@@ -76,7 +76,7 @@ def _row(name: str) -> str:
 def _disagreements() -> list[str]:
     lines = ["## Where TransformerLens is at fault", ""]
     for (family, kind), reason in oracle.KNOWN_DIFFERENCES.items():
-        where = "every site after it" if kind == "*" else f"`{kind}`"
+        where = "from the first pattern on" if kind == "*" else f"`{kind}`"
         lines.append(f"* {family}, {where}: {reason}.")
     lines += [f"* {family}: {reason}." for family, reason in oracle.UNAVAILABLE.items()]
     refused = {name: laws.reading(name).refused for name in FAMILIES}

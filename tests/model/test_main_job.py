@@ -60,7 +60,9 @@ def test_every_token_is_served_once_with_the_models_own_activation() -> None:
     for block in tokens.blocks():
         for row, mask, doc in zip(block.ids, block.mask, block.doc, strict=True):
             x = plain_activations(hm.model, row[mask][None], 1)[0]
-            expected.update({(int(t), p, int(doc[0])): v for p, (t, v) in enumerate(zip(row[mask][1:], x[1:], strict=True))})
+            expected.update(
+                {(int(t), p, int(doc[0])): v for p, (t, v) in enumerate(zip(row[mask][1:], x[1:], strict=True))}
+            )
     store = ActivationStore(hm, tokens, SITE, batch_size=10, buffer_tokens=48)
     served: list[tuple[tuple[int, int], Tensor]] = []
     for batch in store.batches():
@@ -76,7 +78,9 @@ def test_every_token_is_served_once_with_the_models_own_activation() -> None:
 
 def test_the_order_is_shuffled_by_the_seed_and_mixes_across_documents() -> None:
     def order(seed: int) -> list[int]:
-        store = ActivationStore(manager("Llama"), source(random_texts(60)), SITE, batch_size=8, buffer_tokens=64, seed=seed)
+        store = ActivationStore(
+            manager("Llama"), source(random_texts(60)), SITE, batch_size=8, buffer_tokens=64, seed=seed
+        )
         return [int(t) for batch in store.batches() for t in batch.tokens]  # type: ignore[union-attr]
 
     given = [int(t) for b in source(random_texts(60)).blocks() for t in b.ids[b.mask & ~b.special]]
@@ -104,8 +108,12 @@ def test_packed_documents_do_not_see_each_other_under_block_diagonal_but_do_unde
 
 def test_several_sites_come_in_one_pass_and_keep_their_rows_together() -> None:
     hm, texts = manager("Llama"), random_texts(30)
-    both = ActivationStore(hm, source(texts), ["0.resid_post", SITE], batch_size=16, buffer_tokens=64, dtype=torch.float64)
-    first, second = (ActivationStore(hm, source(texts), s, batch_size=16, buffer_tokens=64) for s in ("0.resid_post", SITE))
+    both = ActivationStore(
+        hm, source(texts), ["0.resid_post", SITE], batch_size=16, buffer_tokens=64, dtype=torch.float64
+    )
+    first, second = (
+        ActivationStore(hm, source(texts), s, batch_size=16, buffer_tokens=64) for s in ("0.resid_post", SITE)
+    )
     for pair, a, b in zip(both.batches_by_site(), first.batches(), second.batches(), strict=True):
         assert pair[SITE].x.dtype == torch.float64
         torch.testing.assert_close(pair["0.resid_post"].x.float(), a.x)
@@ -166,6 +174,7 @@ def counted_activations(hm: interp.HookManager, tokens: TokenSource) -> Tensor:
     return torch.cat(kept).double()
 
 
+@pytest.mark.filterwarnings("ignore:Splice at 1.resid_post changed nothing")
 def test_a_dictionary_that_changes_nothing_recovers_everything_and_the_mean_and_zero_recover_nothing() -> None:
     hm, tokens = manager("Llama"), source(random_texts(60))
     x = counted_activations(hm, tokens)
@@ -235,7 +244,7 @@ def test_an_evaluation_is_a_result_with_a_table_a_figure_and_a_summary(tmp_path:
     assert type(got).load(got.save(tmp_path / "e")).scalars() == got.scalars()
     frame = got.to_frame().set_index("figure")["value"]
     assert frame["fvu"] == pytest.approx(got.fvu)
-    assert [bar.y for bar in got.plot().data][0] == pytest.approx((got.ce_clean, got.ce_sae, got.ce_mean, got.ce_zero))
+    assert next(bar.y for bar in got.plot().data) == pytest.approx((got.ce_clean, got.ce_sae, got.ce_mean, got.ce_zero))
     assert "special ones left out" in got.summary()
 
 
@@ -264,7 +273,14 @@ def test_one_command_leaves_a_run_that_loads_and_says_where_to_look(
     printed = capfd.readouterr()
     assert "CE recovered" in printed.out and f"interp.SAE.load({str(out)!r})" in printed.out
     assert "tok/s" in printed.err
-    names = {"cfg.json", "sae_weights.safetensors", "config.yaml", "provenance.json", "metrics.jsonl", "evaluation.json"}
+    names = {
+        "cfg.json",
+        "sae_weights.safetensors",
+        "config.yaml",
+        "provenance.json",
+        "metrics.jsonl",
+        "evaluation.json",
+    }
     assert {p.name for p in out.iterdir()} == names
     sae = interp.SAE.load(out)
     assert sae.cfg.metadata["hook_name"] == "blocks.1.hook_resid_post"
@@ -328,7 +344,7 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(
 ) -> None:
     assert main([*job, "--out", str(tmp_path / "run"), *extra]) == 2
     printed = capfd.readouterr()
-    assert message in " ".join(printed.err.split()) and printed.out == ""
+    assert message in " ".join(printed.err.replace("│", " ").split()) and printed.out == ""
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from interp.core.errors import ArtifactError
 from interp.dictionaries.base import SAE
 from interp.dictionaries.interop import from_sae_lens, to_sae_lens
-from interp.dictionaries.topk import TopKConfig, TopKSAE
+from interp.dictionaries.topk import TopKSAE
+
+# SAELens imports a module that TransformerLens has moved.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'utils' module has been deprecated:DeprecationWarning")
 
 SETTINGS = [{}, {"apply_b_dec_to_input": False}, {"rescale_acts_by_decoder_norm": True}]
 
@@ -32,7 +35,7 @@ print(sae.cfg.architecture(), sae.cfg.metadata.hook_name, any(m.split(".")[0] ==
 
 
 def random_sae(settings: dict[str, bool]) -> TopKSAE:
-    sae = TopKSAE(TopKConfig(d_in=24, d_sae=96, k=6, **settings))
+    sae = TopKSAE.from_cfg({"architecture": "topk", "d_in": 24, "d_sae": 96, "k": 6, **settings})
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape) / 3)

@@ -11,11 +11,11 @@ from torch import Tensor
 from interp.core.errors import ArtifactError, ShapeError
 from interp.data.store import Batch
 from interp.dictionaries.base import SAE, Dictionary
-from interp.dictionaries.topk import TopKConfig, TopKSAE
+from interp.dictionaries.topk import TopKSAE
 
 
 def random_sae(seed: int = 0, d_in: int = 12, d_sae: int = 40, k: int = 4, **settings: bool) -> TopKSAE:
-    sae = TopKSAE(TopKConfig(d_in=d_in, d_sae=d_sae, k=k, **settings))
+    sae = TopKSAE.from_cfg({"architecture": "topk", "d_in": d_in, "d_sae": d_sae, "k": k, **settings})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -131,7 +131,7 @@ def test_a_step_keeps_decoder_rows_at_norm_one_and_moves_only_across_them() -> N
     across = before - (before * rows).sum(1, keepdim=True) * rows
     torch.testing.assert_close(sae.W_dec.grad, across, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        sae.W_dec += torch.randn_like(sae.W_dec)
+        sae.W_dec.add_(torch.randn_like(sae.W_dec))
     sae.after_step()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
 
