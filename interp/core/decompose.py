@@ -2,8 +2,8 @@
 
 All work on a `Run` that holds the reads they need; each says which are missing. `Run` has them as methods.
 
-Source: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; the names and order of terms are those
-of TransformerLens' `ActivationCache`.
+Source: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; names and order of terms are
+those of TransformerLens' `ActivationCache`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -276,7 +276,9 @@ def _same_slices(run: Run, sites: Sequence[Site]) -> None:
         )
 
 
-def _heads(run: Run, block: int) -> tuple[Float[Tensor, "n_heads *rest d_model"], Float[Tensor, "*bias d_model"] | None]:
+def _heads(
+    run: Run, block: int
+) -> tuple[Float[Tensor, "n_heads *rest d_model"], Float[Tensor, "*bias d_model"] | None]:
     """What each head of a block adds to the stream, and what comes on top of them all."""
     hm = run.hm
     m, weights = hm.map, hm.weights[block]
@@ -305,8 +307,8 @@ def _check_sum(run: Run, found: Decomposition, target: Site) -> None:
     if total.shape == seen.shape and not _close(total, seen):
         off = float((total.float() - seen.to(total.device).float()).abs().max())
         raise DataError(
-            f"the terms do not sum to {target.short} (off by {off:.1e}): an edit of this run changed the stream itself, or "
-            "something between; decompose a run without it"
+            f"the terms do not sum to {target.short} (off by {off:.1e}): an edit of this run changed the stream "
+            "itself, or something between; decompose a run without it"
         )
 
 

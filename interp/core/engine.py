@@ -170,6 +170,7 @@ class Forward:
     changed: list[Tensor | None] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     waiting: set[tuple[str, int | None]] = field(default_factory=set)
+    sent: set[torch.device] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.changed = [None] * len(self.plan.writes)
@@ -232,6 +233,7 @@ class Forward:
         if self.detach:
             part = part.detach()
             if self.to is not None and self.to != part.device:
+                self.sent.add(part.device)
                 part = _send(part, self.to)
             elif part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
                 part = part.clone()  # a read owns its memory: no alias that a later edit could change
@@ -439,6 +441,13 @@ class Forward:
             return None
         self.check_fired()
         return output
+
+    def finish(self) -> None:
+        """Wait, once for the whole forward, until what was sent to another device has arrived."""
+        for device in self.sent:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+        self.sent.clear()
 
     def check_fired(self) -> None:
         """Refuse to go on when a hook did not fire.

@@ -185,7 +185,7 @@ class _Folding:
             reads = owner is router or name in _EXPERT_READERS
             if not reads and name not in _EXPERT_OTHERS:
                 raise ModelError(
-                    f"block {layer} of {self.map.family}: whether {path!r} reads ln2 is not known, so it cannot be folded"
+                    f"block {layer} of {self.map.family}: whether {path!r} reads ln2 is not known; it cannot be folded"
                 )
             if not reads or parameter.ndim < 2:
                 continue
@@ -317,6 +317,6 @@ def _check_same(model: nn.Module, twin: nn.Module, atlas: Atlas) -> None:
     off = float((old - new).abs().mean() if half else (old - new).abs().max())
     if not off <= (0.3 if half else 1e-2):
         raise ModelError(
-            f"{atlas.map.family} cannot be folded: the copy's log-probabilities are off by {off:.1e}, so something that "
-            "is not in the model's map reads a norm; use the raw model"
+            f"{atlas.map.family} cannot be folded: the copy's log-probabilities are off by {off:.1e}: something "
+            "that is not in the model's map reads a norm; use the raw model"
         )

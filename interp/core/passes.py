@@ -132,6 +132,8 @@ def run_pass(
             size = (size + 1) // 2
             notes.append(f"out of memory: the batch was split into parts of {size} rows")
     forwards = [f for f, *_ in parts]
+    for forward in forwards:
+        forward.finish()
     write_notes(plan, forwards, notes)
     values = {site: _joined([f.results[site][0] for f in forwards]) for site in plan.reads}
     kept = [out for _, out, _ in parts if out is not None]

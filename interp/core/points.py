@@ -197,6 +197,8 @@ class Atlas:
             part = "mlp"  # no norm before the MLP: the stream itself goes in
         if site.kind in ("attn_in", "mlp_in") and part not in m.paths and f"{part}_post" in m.paths:
             part = "attn" if site.kind == "attn_in" else "mlp"
+        if site.kind == "embed" and "embed_ln" in m.paths:
+            part = "embed_ln"  # BLOOM normalises what it embeds
         if site.kind == "mlp_post" and "mlp.out" not in m.paths:
             raise self._absent(site)
         path, module = self._module(part, site)

@@ -38,7 +38,9 @@ _SCALE = ("batch", "pos", "one")
 _NEURONS = ("batch", "pos", "d_mlp")
 
 _MODEL_KINDS: dict[str, Kind] = {
-    "embed": Kind("hook_embed", _STREAM, "output of the token embedding", ("embed.hook_out",)),
+    "embed": Kind(
+        "hook_embed", _STREAM, "output of the token embedding (of its norm, where it has one)", ("embed.hook_out",)
+    ),
     "pos_embed": Kind("hook_pos_embed", _STREAM, "output of the learned position embedding", ("pos_embed.hook_out",)),
     "logits": Kind("logits", ("batch", "pos", "d_vocab"), "the model's own logits, after soft-cap and scaling"),
     "unembed.in": Kind("unembed.hook_in", _STREAM, "input of the unembedding: the final norm's output"),

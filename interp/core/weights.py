@@ -184,7 +184,7 @@ class LayerWeights:
             rows = fused_rows(m.qkv_layout, m.n_heads, m.n_kv_heads, m.d_head)["qkv".index(kind)]
         elif len(by_row) != len(rows):
             raise ModelError(
-                f"{m.path(part, self.layer)!r} has {len(by_row)} outputs where {n} heads × {m.d_head} were expected, so "
+                f"{m.path(part, self.layer)!r} has {len(by_row)} outputs where {n} heads × {m.d_head} were expected: "
                 "it holds more than heads (a gate?); take its weight from hm.model"
             )
         return _cut(by_row, rows, m.d_head)
@@ -235,7 +235,7 @@ class Weights:
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """Token embedding, as stored: Gemma's √d and Granite's multiplier are not in it (`hook_embed`, `0.resid_pre`)."""
+        """Token embedding, as stored: Gemma's √d and Granite's multiplier are not in it."""
         return self._table("embed")
 
     @property
@@ -378,7 +378,7 @@ def readable(module: nn.Module, path: str) -> Float[Tensor, "*shape"]:
     plain = type(weight) in (Tensor, nn.Parameter)
     if not plain or not weight.is_floating_point() or weight.element_size() < 2:
         raise ModelError(
-            f"{path!r} ({type(module).__name__}) holds a {type(weight).__name__} of {weight.dtype} {tuple(weight.shape)}, "
+            f"{path!r} ({type(module).__name__}) holds {weight.dtype} {tuple(weight.shape)} ({type(weight).__name__}), "
             "not plain floating-point numbers (quantised?); load the model unquantised"
         )
     return weight

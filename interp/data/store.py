@@ -1,6 +1,6 @@
 """`ActivationStore`: the activations of many tokens, shuffled, as the batches that dictionaries are trained on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -90,12 +90,19 @@ class ActivationStore:
         self.batch_size, self.buffer_tokens, self.dtype = batch_size, buffer_tokens, dtype
         self.seed, self.repeat = seed, repeat
 
-    def batches(self, *, x: str | Site | None = None, target: str | Site | None = None) -> Iterator[Batch]:
+    def batches(
+        self,
+        *,
+        x: str | Site | None = None,
+        target: str | Site | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Batch]:
         """Yield shuffled batches; every call starts from the first document with the same seed.
 
         Args:
             x: the site that the dictionary reads; may be left out when the store has one site.
             target: the site that it should give; by default the same.
+            should_stop: asked before each forward; when it says True, no more batches come.
 
         Raises:
             ConfigError: a site that the store does not read, or `x` left out among several.
@@ -105,13 +112,13 @@ class ActivationStore:
             raise ConfigError(f"this store reads {[s.short for s in self.sites]}; say which one is x")
         reads = self._place(self.sites[0] if x is None else x)
         gives = None if target is None else self._place(target)
-        for rows in self._shuffled():
+        for rows in self._shuffled(should_stop or _never):
             yield rows.batch(reads, gives)
 
     def batches_by_site(self) -> Iterator[Mapping[str, Batch]]:
         """Yield, for each batch of tokens, a `Batch` per site under the site's short name."""
         names = [site.short for site in self.sites]
-        for rows in self._shuffled():
+        for rows in self._shuffled(_never):
             yield {name: rows.batch(i, None) for i, name in enumerate(names)}
 
     def describe(self) -> dict[str, object]:
@@ -130,7 +137,7 @@ class ActivationStore:
             raise ConfigError(f"this store reads {[s.short for s in self.sites]}, not {Site(site).short}")
         return self.sites.index(Site(site))
 
-    def _shuffled(self) -> Iterator["_Rows"]:
+    def _shuffled(self, should_stop: Callable[[], bool]) -> Iterator["_Rows"]:
         order = torch.Generator().manual_seed(self.seed)
         captured = self._captured()
         serve = self.buffer_tokens // 2 // self.batch_size * self.batch_size
@@ -138,6 +145,8 @@ class ActivationStore:
         while True:
             filled = 0
             while filled < len(free):
+                if should_stop():
+                    return
                 rows = next(captured, None) if spare is None else spare
                 if rows is None:
                     break
@@ -176,6 +185,10 @@ class ActivationStore:
         there = keep.to(self.hm.device)
         values = [run[site.name].flatten(0, 1).index_select(0, there) for site in self.sites]
         return _Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass

@@ -146,6 +146,8 @@ def train_job(
         site, shape = _vector_site(cfg.site, {s: hm.atlas.shape(s) for s in hm.sites().sites})
         store = _store(cfg, hm, site)
         dictionary = _dictionary(cfg, int(shape[-1])).to(hm.device)
+        # Text that cannot be read, or is too little to hold some out, is better known before training than after.
+        next(_tokens(cfg, hm, "held_out").blocks())
         folder = RunFolder(cfg.out, force=force)
         folder.config(cfg.to_yaml())
         record = _record(cfg, hm, store)
@@ -154,7 +156,7 @@ def train_job(
         say(f"training {cfg.dictionary.d_sae} latents on {site.name} of {hm.name}: {cfg.train.tokens:,} tokens")
         try:
             training = train_dictionary(
-                store.batches(),
+                store.batches(should_stop=stop),
                 dictionary,
                 cfg.train,
                 seed=cfg.seed,

@@ -1,5 +1,6 @@
 """The loop that fits a dictionary to batches of activations."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -92,13 +93,12 @@ def train_dictionary(
     """
     with deterministic(options.deterministic):
         fit = _Fit(dictionary, options, name)
-        stream = fit.start(iter(batches), seed)
+        asked = should_stop or (lambda: False)
+        stream = fit.start(iter(batches), seed, asked)
         bar = tqdm(total=options.tokens, unit="tok", unit_scale=True, desc=name, file=sys.stderr, disable=not progress)
-        stopped = False
         with bar:
             for batch in stream:
-                if should_stop is not None and should_stop():
-                    stopped = True
+                if asked():
                     break
                 fit.step(batch)
                 bar.update(len(batch.x))
@@ -107,6 +107,7 @@ def train_dictionary(
                 if fit.tokens >= options.tokens:
                     break
             fit.report(log, bar)
+        stopped = fit.tokens < options.tokens and asked()
         dictionary.fold_scale(fit.scale)
     dictionary.eval().requires_grad_(False)
     return Training(fit.steps, fit.tokens, stopped, fit.scale, time.perf_counter() - fit.began, fit.last)
@@ -123,6 +124,8 @@ def deterministic(on: bool) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if on:
+        # Without it cuBLAS may not be deterministic, and torch refuses to call it; it has no effect on a CPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Nothing here reads memory before writing it, and filling it costs a pass over every tensor.
         memory.fill_uninitialized_memory = False
@@ -153,11 +156,13 @@ class _Fit:
         self.began = self.marked = time.perf_counter()
         self.marked_tokens = 0
 
-    def start(self, batches: Iterator[Batch], seed: int) -> Iterator[Batch]:
+    def start(self, batches: Iterator[Batch], seed: int, asked: Callable[[], bool]) -> Iterator[Batch]:
         """Draw scale and first weights from the first batches; return all batches, those included."""
         first: list[Batch] = []
         while sum(len(b.x) for b in first) < _SAMPLE_TOKENS and (batch := next(batches, None)) is not None:
             first.append(batch)
+        if not first and asked():
+            return batches
         if not first:
             raise DataError(f"no batch of activations came for {self.site}; its text has no tokens that count")
         sample = torch.cat([_counted(b) for b in first]).to(self.device, torch.float32)

@@ -355,6 +355,7 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(
         (["--site", "1.z"], "one vector a token"),
         (["--data", "nothing.jsonl"], "no file or folder nothing.jsonl"),
         (["--text.field", "story"], "its fields are: text"),
+        (["--text.hold-out-every", "400"], "'held_out' part"),
     ],
 )
 def test_a_job_that_cannot_run_exits_with_1_and_leaves_nothing_that_loads(
@@ -362,7 +363,7 @@ def test_a_job_that_cannot_run_exits_with_1_and_leaves_nothing_that_loads(
 ) -> None:
     assert main([*job, "--out", str(tmp_path / "run"), *extra]) == 1
     assert message in capfd.readouterr().err
-    assert not (tmp_path / "run" / "cfg.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -386,3 +387,20 @@ def test_a_signal_saves_what_was_trained_and_says_so(
     assert not (out / "evaluation.json").exists()
     x = torch.randn(10, 32)
     assert bool(interp.SAE.load(out)(x).isfinite().all())
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_was_trained(
+    job: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def send() -> None:
+        while not (out / "provenance.json").exists():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
+    # A buffer that takes far longer to fill than the signal takes to arrive.
+    assert main([*job, "--out", str(out), "--train.buffer-tokens", "50000000", "--train.tokens", "100000000"]) == 143
+    assert "before the first step; nothing was trained" in capfd.readouterr().err
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "provenance.json"}

@@ -139,7 +139,7 @@ def test_a_loss_that_becomes_no_number_at_the_last_step_is_noticed_too() -> None
 
 
 def test_training_ends_at_its_tokens_or_when_asked_or_when_batches_run_out() -> None:
-    asked = iter([False] * 5 + [True])
+    asked = iter([False] * 5 + [True, True])
     stopped = train_dictionary(planted()[1], fresh(), options(), should_stop=lambda: next(asked), progress=False)
     assert (stopped.steps, stopped.stopped) == (5, True) and stopped.last["step"] == 5
     whole = train_dictionary(planted()[1], fresh(), options(), progress=False)
