@@ -161,10 +161,12 @@ class LayerTap:
 
     Args:
         sites: kind ("rot_q", "rot_k", "attn_scores", "pattern") → what to do there.
+        n_kv_heads: key/value heads, where the keys may come repeated for each query head; None where they do not.
     """
 
-    def __init__(self, sites: Mapping[str, TapSite]) -> None:
+    def __init__(self, sites: Mapping[str, TapSite], *, n_kv_heads: int | None = None) -> None:
         self.sites = sites
+        self.n_kv_heads = n_kv_heads
 
     def __call__(
         self,
@@ -178,7 +180,7 @@ class LayerTap:
         **kwargs: Any,
     ) -> Any:
         """Call the kernel as the model would, with this run's edits and reads around it."""
-        query, key = self._heads("rot_q", query), self._heads("rot_k", key)
+        query, key = self._heads("rot_q", query), self._keys(key)
         scores, pattern = self.sites.get("attn_scores"), self.sites.get("pattern")
         if scores is None and pattern is None:
             return kernel(module, query, key, value, attention_mask, **kwargs)
@@ -187,14 +189,22 @@ class LayerTap:
             weights = call.softmax(scores.visit(call.scores())) if scores is not None else call.pattern()
             weights = weights if pattern is None else pattern.visit(weights)
             return call.output(weights), weights
-        out = kernel(module, query, key, value, attention_mask, **kwargs)
+        # Reads come first: the run may be over with them, and then the kernel need not run.
         if scores is not None:
             rows = scores.query_rows()
             scores.visit(call.at_rows(rows).scores(), rows)
         if pattern is not None:
             rows = pattern.query_rows()
             pattern.visit(call.at_rows(rows).pattern(), rows)
-        return out
+        return kernel(module, query, key, value, attention_mask, **kwargs)
+
+    def _keys(self, key: Tensor) -> Tensor:
+        copies = 1 if self.n_kv_heads is None else key.shape[1] // self.n_kv_heads
+        if copies == 1 or "rot_k" not in self.sites:
+            return self._heads("rot_k", key)
+        own = key[:, ::copies]
+        new = self._heads("rot_k", own)
+        return new.repeat_interleave(copies, dim=1) if self.sites["rot_k"].touches else key
 
     def _heads(self, kind: str, x: Tensor) -> Tensor:
         site = self.sites.get(kind)

@@ -19,10 +19,8 @@ __all__ = ["map_of", "to_transformer_lens"]
 _POST_NORM_PATHS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _ADDED_INSIDE = {"bloom"}  # the attention and MLP modules of these families already add the residual
 _GROUPED_QKV = {"gpt_neox": "per_head", "bloom": "per_head"}
-_PATTERN_OUTPUT = {"gpt_neo", "gptj", "bloom", "codegen", "mpt"}
-_NO_PATTERN = {
-    "falcon": "Falcon calls SDPA inside its own attention module, which gives no weights and no place to tap them"
-}
+_INSIDE = {"gpt_neo", "gptj", "bloom", "codegen", "mpt", "falcon"}  # attention without transformers' interface
+_ROTATED_INSIDE = {"gptj", "codegen"}  # and whose rotated queries and keys nothing of torch's names
 _ROUTERS = {"gpt_oss": "router"}  # mixtures whose router TransformerLens' map leaves out
 _QK_NORM_HEADS_FIRST = {"gemma3_text": True, "stablelm": True, "qwen3": False, "qwen3_moe": False}
 _NOT_ROTARY = {"gpt2", "gpt_neo", "opt", "bloom", "gpt_bigcode", "mpt"}
@@ -132,7 +130,7 @@ def map_of(model: nn.Module) -> ModelMap:
         residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
         parallel=parallel,
         qkv_layout=_qkv_layout(config, family) if "attn.qkv" in paths else None,
-        attention="output" if family in _PATTERN_OUTPUT else "refused" if family in _NO_PATTERN else "tap",
+        attention="inside" if family in _INSIDE else "tap",
         rotary=_is_rotary(config, family),
         qk_norm_heads_first=_QK_NORM_HEADS_FIRST.get(family),
         reasons=_reasons(config, family, paths, parallel),
@@ -242,13 +240,8 @@ def _reasons(config: Any, family: str, paths: dict[str, str], parallel: bool) ->
         reasons.update(dict.fromkeys(("mlp_pre", "mlp_pre_linear", "mlp_post"), why))
     if not _is_rotary(config, family):
         reasons["rot_q"] = reasons["rot_k"] = "it does not rotate queries and keys; use q and k"
-    if family in _PATTERN_OUTPUT:
-        why = "its attention module computes scores inside itself; read pattern, or edit q, k, v or z"
-        reasons["attn_scores"] = why
-        reasons.setdefault("rot_q", why)
-        reasons.setdefault("rot_k", why)
-    if family in _NO_PATTERN:
-        reasons.update(dict.fromkeys(("attn_scores", "pattern", "rot_q", "rot_k"), _NO_PATTERN[family]))
+    if family in _ROTATED_INSIDE:
+        reasons["rot_q"] = reasons["rot_k"] = "it rotates and multiplies them inside its attention module; use q and k"
     if getattr(config, "do_layer_norm_before", True) is False:
         why = "its norms sit on the residual stream itself (do_layer_norm_before=False)"
         reasons.update(dict.fromkeys(("ln1", "ln2", "attn_in", "mlp_in", "resid_mid"), why))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from interp.core.attention import CURRENT, LayerTap
 from interp.core.errors import HookError, ShapeError, SiteError, WhereError
 from interp.core.frame import Frame
+from interp.core.inside import InsideTap
 from interp.core.intervention import Intervention
 from interp.core.place import Place
 from interp.core.points import Atlas, Point
@@ -133,6 +134,8 @@ class _Work:
         for read in self.reads:
             forward.keep(read, x, rows)
         forward.waiting.discard(site.key)
+        if forward.stop and not forward.waiting:
+            raise Stop
         return x
 
     @property
@@ -170,6 +173,7 @@ class Forward:
     changed: list[Tensor | None] = field(default_factory=list)
     selected: list[bool] = field(default_factory=list)
     waiting: set[tuple[str, int | None]] = field(default_factory=set)
+    modes: list[InsideTap] = field(default_factory=list)
     sent: set[torch.device] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -254,6 +258,8 @@ class Forward:
             yield self
         finally:
             CURRENT.reset(token)
+            while self.modes:
+                self.modes.pop().__exit__(None, None, None)
             for handle in handles:
                 handle.remove()
 
@@ -277,9 +283,12 @@ class Forward:
             handles.append(module.register_forward_pre_hook(self._pre_hook(works), with_kwargs=True))
         elif side == "tap":
             self.taps[id(module)] = LayerTap({w.point.site.kind: w for w in works})
+        elif side == "inside":
+            enter, leave = self._inside_hooks(works)
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
         else:
-            hook = self._weights_hook(works[0]) if side == "weights" else self._post_hook(works)
-            handles.append(module.register_forward_hook(hook))
+            handles.append(module.register_forward_hook(self._post_hook(works)))
 
     def _pre_hook(self, works: list[_Work]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -291,7 +300,6 @@ class Forward:
             original = x
             for work in works:
                 x = self._through(work, x)
-            self._maybe_stop()
             if x is original:
                 return None
             return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
@@ -313,28 +321,26 @@ class Forward:
                 x = self._visit_norm(inside, module, args[0], x)
             for work in outside:
                 x = self._visit_result(work, args[0], x) if work.point.part == "result" else self._through(work, x)
-            self._maybe_stop()
             if x is original:
                 return None
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         return hook
 
-    def _weights_hook(self, work: _Work) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if CURRENT.get() is not self:
-                return
-            tensors = (
-                [t for t in output[1:] if isinstance(t, Tensor) and t.ndim == 4] if isinstance(output, tuple) else []
-            )
-            if not tensors:
-                raise HookError(
-                    f"{work.point.path} gave no attention weights; {work.point.site.short} cannot be read here"
-                )
-            work.visit(tensors[0])
-            self._maybe_stop()
+    def _inside_hooks(self, works: list[_Work]) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Watch torch's softmax and attention while the module runs."""
+        point = works[0].point
 
-        return hook
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if CURRENT.get() is self:
+                self.modes.append(InsideTap({w.point.site.kind: w for w in works}, module, point.n_kv_heads))
+                self.modes[-1].__enter__()
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if CURRENT.get() is self and self.modes:
+                self.modes.pop().__exit__(None, None, None)
+
+        return enter, leave
 
     def _through(self, work: _Work, x: Tensor) -> Tensor:
         """Take a module's tensor to the site's, visit, and take it back."""
@@ -358,8 +364,8 @@ class Forward:
         frame = self.frame
         if x.ndim < 3 or x.shape[0] != frame.batch or x.shape[1] != frame.length:
             raise HookError(
-                f"{point.site.short}: {point.path} gave {tuple(x.shape)} where [batch {frame.batch}, pos {frame.length}, "
-                "…] was expected; this module lays its tensors out in another way"
+                f"{point.site.short}: {point.path} gave {tuple(x.shape)} where [batch {frame.batch}, "
+                f"pos {frame.length}, …] was expected; this module lays its tensors out in another way"
             )
 
     def _visit_norm(self, works: list[_Work], module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
@@ -422,10 +428,6 @@ class Forward:
             output.logits = new
         return output
 
-    def _maybe_stop(self) -> None:
-        if self.stop and not self.waiting:
-            raise Stop
-
     # -- a forward ----------------------------------------------------------------------------------------------
 
     def run(self, call: Callable[[], Any]) -> Any:
@@ -460,7 +462,8 @@ class Forward:
         missed = [self.work[key].point for key in self.waiting]
         names = ", ".join(sorted(p.site.short for p in missed))
         why = (
-            "this attention does not go through transformers' attention interface"
+            "this attention does not go through transformers' attention interface (a ModelMap with attention='inside' "
+            "watches the softmax in the module itself)"
             if missed[0].side == "tap"
             else (f"the forward pass never called {missed[0].path!r}")
         )

@@ -29,8 +29,8 @@ class ModelMap:
         parallel: attention and MLP read the same residual stream.
         qkv_layout: how rows of a fused projection are ordered: "concat" (all of q, then k, then v), "per_head"
             (q, k, v of head 0, then of head 1, …) or "grouped" (per key/value head: its queries, its key, its value).
-        attention: "tap" where attention goes through transformers' attention interface; "output" where the attention
-            module's second output is the pattern; "refused" where neither.
+        attention: "tap" where attention asks transformers' attention interface for its kernel; "inside" where the
+            module calls softmax or scaled-dot-product attention itself.
         rotary: whether queries and keys are rotated between the projections and the attention.
         qk_norm_heads_first: q- and k-norms see [batch heads pos d] (True), [batch pos heads d] (False) or unknown.
         reasons: kind or part of a site's name → why this family has no such site.
@@ -60,8 +60,8 @@ class ModelMap:
             raise ModelError("a ModelMap needs paths['block'] with '{layer}' in it, such as 'model.layers.{layer}'")
         if self.qkv_layout not in (None, "concat", "per_head", "grouped"):
             raise ModelError(f"qkv_layout {self.qkv_layout!r}: expected None, 'concat', 'per_head' or 'grouped'")
-        if self.attention not in ("tap", "output", "refused"):
-            raise ModelError(f"attention {self.attention!r}: expected 'tap', 'output' or 'refused'")
+        if self.attention not in ("tap", "inside"):
+            raise ModelError(f"attention {self.attention!r}: expected 'tap' or 'inside'")
 
     def path(self, part: str, layer: int | None = None) -> str:
         """Return the module path of a part.

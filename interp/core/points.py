@@ -44,13 +44,14 @@ class Point:
         site: the site.
         path: module path; "" is the model itself.
         module: that module.
-        side: "in" (its input), "out" (its output), "tap" (inside attention) or "weights" (attention's second output).
+        side: "in" (its input), "out" (its output), "tap" (the attention kernel that it asks for) or "inside" (the
+            softmax or attention that it calls itself).
         view: how the module's tensor and the site's correspond.
         part: "scale" or "normalized" for the inside of a norm; "result" for heads' outputs; "logits" for the model's.
         norm: the formula, where part needs it.
         in_place: an edit must reach the tensor itself, which the block goes on using as its residual stream.
         read_only: why the site cannot be edited, or "".
-        n_heads: query heads, where part is "result".
+        n_heads, n_kv_heads: query and key/value heads, where they are needed.
     """
 
     site: Site
@@ -63,6 +64,7 @@ class Point:
     in_place: bool = False
     read_only: str = ""
     n_heads: int = 0
+    n_kv_heads: int = 0
 
 
 class Atlas:
@@ -228,10 +230,8 @@ class Atlas:
 
     def _tap_point(self, site: Site) -> Point:
         path, module = self._module("attn", site)
-        if self.map.attention == "output":
-            why = "its attention module computes the pattern inside itself; edit q, k, v or z"
-            return Point(site, path, module, "weights", Same(), read_only=why)
-        return Point(site, path, module, "tap", Same())
+        side = "inside" if self.map.attention == "inside" else "tap"
+        return Point(site, path, module, side, Same(), n_kv_heads=self.map.n_kv_heads)
 
     def _projection(self, site: Site) -> Point:
         m = self.map

@@ -16,6 +16,7 @@ from interp.core.errors import InterpError, ModelError
 from interp.core.fold import fold
 from interp.core.manager import HookManager
 from interp.core.modelmap import ModelMap
+from interp.core.points import Atlas
 from interp.core.weights import Weights
 from tests import oracle
 from tests.contract import plain
@@ -29,8 +30,10 @@ EXPERTS = ("Mixtral", "Qwen2Moe", "GptOss")
 GATED = ("Llama", "Mistral", "Qwen", "Gemma", "Phi3", "Olmo", "Granite", "StableLm", "Cohere")
 """How the names of families with a gated MLP begin."""
 LEARNED_POSITIONS = ("GPT2", "GPTNeo", "OPT", "GPTBigCode")
-LAYER_NORMS = ("GPT2", "GPTNeo", "GPTJ", "GPTNeoX", "GPTNeoXSequential", "OPT", "Falcon", "FalconNew", "Phi", "Olmo")
-LAYER_NORMS += ("StableLm", "Starcoder2", "Cohere", "GPTBigCode")
+LAYER_NORMS = [
+    name for name in FAMILIES if name.startswith(("GPT", "OPT", "Falcon", "StableLm", "Starcoder", "Cohere"))
+]
+LAYER_NORMS += ["Phi", "Olmo"]
 """Families whose norms are all LayerNorms, and whose stream begins without one."""
 LAYER, BLOCK_WEIGHTS = 1, ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 MLP_WEIGHTS, GATE_WEIGHTS = ("W_in", "W_out", "b_in", "b_out"), ("W_gate", "b_gate")
@@ -193,7 +196,7 @@ def test_quantised_weights_are_refused_by_name() -> None:
     model = make("Llama")
     projection = model.get_submodule("model.layers.0.self_attn.q_proj")
     projection.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
-    weights = Weights(model, manager("Llama").atlas.__class__(model, manager("Llama").map))
+    weights = Weights(model, Atlas(model, manager("Llama").map))
     with pytest.raises(ModelError, match=r"self_attn\.q_proj.*int8.*unquantised"):
         _ = weights[0].W_Q
     assert weights[0].W_K.shape == (2, 32, 8)
@@ -202,7 +205,7 @@ def test_quantised_weights_are_refused_by_name() -> None:
 def test_weights_that_were_not_loaded_are_refused() -> None:
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(FAMILIES["Llama"]())
-    weights = Weights(model, manager("Llama").atlas.__class__(model, manager("Llama").map))
+    weights = Weights(model, Atlas(model, manager("Llama").map))
     with pytest.raises(ModelError, match="meta device"):
         _ = weights[0].W_Q
 
@@ -301,8 +304,10 @@ def test_the_folded_copy_is_transformer_lens_compatibility_mode(name: str) -> No
 
 def test_tied_embeddings_come_apart_in_the_copy_alone() -> None:
     hm = manager("GPT2")
+    root: Any = hm.root
+    twin: Any
     twin, notes = fold(hm.root, hm.atlas)
-    assert hm.root.lm_head.weight is hm.root.transformer.wte.weight
+    assert root.lm_head.weight is root.transformer.wte.weight
     assert twin.lm_head.weight is not twin.transformer.wte.weight
     assert hm.config.tie_word_embeddings
     assert not twin.config.tie_word_embeddings
@@ -316,7 +321,7 @@ def test_a_reader_that_the_map_does_not_know_is_found_by_the_predictions() -> No
     hm = manager("GPTJ")  # its MLP reads ln1 too, which this map hides
     wrong = ModelMap(**{**vars(hm.map), "parallel": False})
     with pytest.raises(ModelError, match=r"cannot be folded.*off by"):
-        fold(hm.root, type(hm.atlas)(hm.root, wrong))
+        fold(hm.root, Atlas(hm.root, wrong))
 
 
 def test_what_cannot_be_folded_is_refused() -> None:
