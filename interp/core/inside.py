@@ -44,7 +44,11 @@ class InsideTap(TorchFunctionMode):
 
     def _softmax(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         scores, pattern = self.sites.get("attn_scores"), self.sites.get("pattern")
-        x = args[0] if scores is None else scores.visit(args[0])
+        x = args[0]
+        if scores is not None:
+            # GPT-Neo's two masks add up to −inf; everywhere else a masked score is the lowest finite number.
+            seen = scores.visit(x.clamp(min=torch.finfo(x.dtype).min))
+            x = seen if scores.touches else x
         weights = func(x, *args[1:], **kwargs)
         return weights if pattern is None else pattern.visit(weights)
 

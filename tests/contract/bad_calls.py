@@ -39,10 +39,6 @@ BATCH, POS = 2, 6
 IDS = tokens(BATCH, POS, seed=5)
 
 
-OWN_ATTENTION = ("falcon", "gpt_neo", "bloom")
-"""Families of which patterns cannot be edited."""
-
-
 class MyError(Exception):
     """An exception type that only a user could have raised."""
 
@@ -273,7 +269,7 @@ class _Dictionary:
 
 def _functions(rng: random.Random, hm: HookManager) -> Iterator[BadCall]:
     sites = ["0.resid_post", "1.z", "0.v", "1.ln1.scale", "embed", "1.pattern", "1.attn_scores"]
-    site = rng.choice(sites[:5] if hm.map.family in OWN_ATTENTION else sites)
+    site = rng.choice(sites)
     returns = _any(rng, [
         lambda x: None, lambda x: x[..., :-1], lambda x: x[:1, :1, None], lambda x: 3.0, lambda x: x.to("meta"),
         lambda x: x.bool(), lambda x: (x,), lambda x: x.numpy(), lambda x: "x", lambda x: x.long()]

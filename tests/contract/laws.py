@@ -20,14 +20,13 @@ TOLERANCE = 1e-4
 """fp32, on activations of unit scale."""
 
 OWN_ATTENTION = ("GPTNeo", "GPTJ", "Bloom", "Falcon", "FalconNew")
-"""Families whose attention module computes scores inside itself: attn_scores and post-rotary values are refused, and
-patterns can at best be read."""
+"""Families whose attention module asks transformers for no kernel and calls softmax or SDPA itself."""
+
+ROTATED_INSIDE = ("GPTJ",)
+"""Families that rotate queries and keys where no hook reaches: post-rotary values are refused."""
 
 NOT_ROTARY = ("GPT2", "OPT", "GPTBigCode", "GPTNeo", "Bloom")
 """Families without rotary position embeddings."""
-
-NO_PATTERN = ("Falcon", "FalconNew")
-"""Families whose attention module keeps even the pattern to itself under its default kernel."""
 
 
 class Compared(NamedTuple):

@@ -14,7 +14,7 @@ from interp.core.manager import HookManager
 from interp.core.site import Site
 from interp.core.where import Where
 from tests.contract import plain
-from tests.contract.laws import NO_PATTERN, NOT_ROTARY, OWN_ATTENTION, largest, reading
+from tests.contract.laws import NOT_ROTARY, ROTATED_INSIDE, largest, reading
 from tests.families import make, manager, tokens
 
 PER_HEAD = ("q", "k", "v", "z")
@@ -262,9 +262,8 @@ def _generation_cases(name: str, hm: HookManager, ids: Tensor) -> list[tuple[lis
     fixed: list[list[Intervention]] = [
         [Add("1.z", at_head, where=Where(head=1)), Add("0.v", at_head, where=Where(pos=2, head=0))]
     ]
-    if name not in OWN_ATTENTION:
-        fixed.append([Ablate("0.pattern", where=Where(src=[1, 4])), Ablate("1.pattern", where=Where(head=0, src=0))])
-    if name not in (*OWN_ATTENTION, *NOT_ROTARY):
+    fixed.append([Ablate("0.pattern", where=Where(src=[1, 4])), Ablate("1.pattern", where=Where(head=0, src=0))])
+    if name not in (*ROTATED_INSIDE, *NOT_ROTARY):
         fixed.append(
             [Add("0.rot_k", at_head, where=Where(pos=[3, 5], head=0)), Add("1.rot_q", at_head, where=Where(head=2))]
         )
@@ -280,8 +279,8 @@ def generation(name: str, new: int = 5) -> float:
     """Cached generation under edits equals decoding without a cache: the same tokens, and the same reads."""
     hm, ids, worst = manager(name), tokens(2, 7, seed=3), 0.0
     read = ["0.resid_post", f"{hm.n_layers - 1}.resid_post", "1.q", "1.z"]
-    read += [] if name in NO_PATTERN else ["0.pattern", "1.pattern"]
-    read += [] if name in (*OWN_ATTENTION, *NOT_ROTARY) else ["0.rot_k", "1.rot_q"]
+    read += ["0.pattern", "1.pattern"]
+    read += [] if name in (*ROTATED_INSIDE, *NOT_ROTARY) else ["0.rot_k", "1.rot_q"]
     for write, (write_at,) in _generation_cases(name, hm, ids):
         # The whole continuation is wanted: a random model may well emit the end token.
         out = hm.generate(ids, max_new_tokens=new, write=write, read=read, generation_kwargs={"eos_token_id": -1})

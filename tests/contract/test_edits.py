@@ -11,8 +11,6 @@ from tests.families import FAMILIES, manager, tokens
 
 pytestmark = pytest.mark.contract
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
-pattern_families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in laws.NO_PATTERN])
-score_families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in laws.OWN_ATTENTION])
 rotary_families = pytest.mark.parametrize(
     "name", [name for name in FAMILIES if name not in (*laws.NOT_ROTARY, *laws.OWN_ATTENTION)]
 )
@@ -23,7 +21,7 @@ def test_edits_equal_hand_made_hooks_on_the_plain_model(name: str) -> None:
     assert laws_edits.edits_against_plain(name) <= TOLERANCE
 
 
-@score_families
+@every_family
 def test_a_replaced_pattern_is_what_mixes_the_values(name: str) -> None:
     assert laws_edits.pattern_edits(name) <= TOLERANCE
 
@@ -37,8 +35,19 @@ def test_post_rotary_edits_equal_edits_inside_the_models_attention(name: str) ->
 def test_core_sites_take_edits_and_the_rest_refuse_with_a_type(name: str) -> None:
     found, refused = laws_edits.writable(name)
     kinds = {site.kind for site in found}
-    assert {"resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "embed"} <= kinds
-    assert ("pattern" in kinds) == (name not in laws.OWN_ATTENTION)
+    assert {
+        "resid_pre",
+        "resid_post",
+        "attn_out",
+        "mlp_out",
+        "q",
+        "k",
+        "v",
+        "z",
+        "embed",
+        "pattern",
+        "attn_scores",
+    } <= kinds
     assert all(len(message) > 40 for message in refused.values())
 
 
@@ -75,7 +84,7 @@ def test_gradients_equal_autograd_through_the_plain_model(name: str) -> None:
     assert laws_edits.gradients(name) <= TOLERANCE
 
 
-@pattern_families
+@every_family
 def test_pattern_gradients_equal_autograd_through_eager_attention(name: str) -> None:
     assert laws_edits.pattern_gradients(name) <= TOLERANCE
 

@@ -16,7 +16,6 @@ from interp.core.intervention import Add, Edit
 from interp.core.manager import HookManager
 from interp.core.where import Where
 from tests.contract.bad_calls import hooks_on
-from tests.contract.laws import NO_PATTERN, OWN_ATTENTION
 from tests.families import FAMILIES, make, manager, tokens, word_tokenizer
 
 pytestmark = pytest.mark.contract
@@ -27,7 +26,7 @@ INSIDE = ("1.pattern", "1.attn_scores")
 
 def reads(name: str) -> list[str]:
     """Sites to read in every test here, the pattern among them where the family gives it."""
-    return ["0.resid_post", "1.z", *([] if name in NO_PATTERN else ["1.pattern"])]
+    return ["0.resid_post", "1.z", "1.pattern"]
 
 
 def raising(error: BaseException) -> Callable[[Tensor], Tensor]:
@@ -44,7 +43,7 @@ def raising(error: BaseException) -> Callable[[Tensor], Tensor]:
 def test_no_hook_is_left_after_an_exception_and_the_next_run_is_right(name: str, error: BaseException) -> None:
     hm, ids = manager(name), tokens()
     want, before = hm.run(ids).logits, hooks_on(hm.model)
-    for site in SITES if name in OWN_ATTENTION else (*SITES, *INSIDE):
+    for site in (*SITES, *INSIDE):
         with pytest.raises(type(error)):
             hm.run(ids, read=reads(name), write=[Edit(site, raising(error))], logits="all")
         assert hooks_on(hm.model) == before

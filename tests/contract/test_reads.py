@@ -11,8 +11,6 @@ from tests.families import FAMILIES, manager, tokens
 
 pytestmark = pytest.mark.contract
 every_family = pytest.mark.parametrize("name", list(FAMILIES))
-pattern_families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in laws.NO_PATTERN])
-score_families = pytest.mark.parametrize("name", [name for name in FAMILIES if name not in laws.OWN_ATTENTION])
 
 CORE = ("resid_pre", "resid_post", "attn_out", "mlp_out", "q", "k", "v", "z", "pattern", "attn_scores")
 
@@ -29,16 +27,10 @@ def test_every_listed_site_can_be_read_with_its_axes(name: str) -> None:
         assert not value.requires_grad, site
 
 
-def refused(name: str, kind: str) -> bool:
-    """Whether a core kind is known to be refused by a family."""
-    return (kind == "attn_scores" and name in laws.OWN_ATTENTION) or (kind == "pattern" and name in laws.NO_PATTERN)
-
-
 @every_family
 def test_the_core_sites_of_every_layer_are_listed(name: str) -> None:
     listed = {site.short for site in laws.listed(name)}
-    kinds = [kind for kind in CORE if not refused(name, kind)]
-    assert not {f"{layer}.{kind}" for layer in range(manager(name).n_layers) for kind in kinds} - listed
+    assert not {f"{layer}.{kind}" for layer in range(manager(name).n_layers) for kind in CORE} - listed
 
 
 @every_family
@@ -62,17 +54,17 @@ def test_the_residual_stream_is_the_sum_of_its_parts(name: str) -> None:
     assert laws.residual_identity(name) <= TOLERANCE
 
 
-@pattern_families
+@every_family
 def test_pattern_times_v_is_z(name: str) -> None:
     assert laws.pattern_times_v(name) <= TOLERANCE
 
 
-@score_families
+@every_family
 def test_the_softmax_of_the_scores_is_the_pattern(name: str) -> None:
     assert laws.scores_softmax(name) <= TOLERANCE
 
 
-@pattern_families
+@every_family
 def test_patterns_are_those_of_the_models_own_eager_attention(name: str) -> None:
     assert laws.patterns_against_eager(name) <= TOLERANCE
 
@@ -100,16 +92,14 @@ def test_slices_taken_inside_the_hook_equal_slices_of_the_whole(name: str) -> No
         Site("1.resid_post").at(pos=[0, 3]),
         Site("0.q").at(head=[0, 2]),
         Site("0.resid_pre").at(rows=1),
+        Site("1.pattern").at(head=2, pos=5),
     ]
-    if name not in laws.NO_PATTERN:
-        read.append(Site("1.pattern").at(head=2, pos=5))
     out = hm.run(ids, read=read)
     assert torch.equal(out[read[0]], whole["1.z"][:, -1, 1])
     assert torch.equal(out[read[1]], whole["1.resid_post"][:, [0, 3]])
     assert torch.equal(out[read[2]], whole["0.q"][:, :, [0, 2]])
     assert torch.equal(out[read[3]].reshape(ids.shape[1], -1), whole["0.resid_pre"][1])
-    if name not in laws.NO_PATTERN:
-        assert laws.largest(out[read[4]], whole["1.pattern"][:, 2, 5]) <= 1e-6
+    assert laws.largest(out[read[4]], whole["1.pattern"][:, 2, 5]) <= 1e-6
 
 
 @every_family
