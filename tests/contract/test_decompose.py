@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor
 from torch.nn import functional as F
 
 from interp.core.decompose import Decomposition
 from interp.core.errors import DataError, InterpError, SiteError
 from interp.core.intervention import Ablate, Add, Replace
+from interp.core.manager import HookManager
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.where import Where
@@ -77,6 +79,20 @@ def test_heads_and_bias_sum_to_what_attention_adds(name: str) -> None:
         total = sum((found[label] for label in own), torch.zeros(()))
         assert off(total, run[f"{layer}.attn_out"]) < TOLERANCE
     assert len(run.stack_head_results(1)) == len(found) // hm.n_layers
+
+
+@pytest.mark.parametrize("name", ["Granite", "Olmo2"])
+def test_the_bias_goes_the_way_of_the_heads(name: str) -> None:
+    config = type(FAMILIES[name]())(**{**FAMILIES[name]().to_dict(), "attention_bias": True})
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    scales = ["*.ln1_post.scale"] if name in SANDWICH else []
+    run = HookManager.load(model).run(tokens(), read=["*.z", "*.attn_out", *scales])
+    found = run.stack_head_results(1)
+    assert found.labels[-1] == "L0_bias"
+    assert off(found.total(), run["0.attn_out"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Falcon", "Gemma2", "Granite"])
