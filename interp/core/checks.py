@@ -35,8 +35,8 @@ def check_residual(hm: "HookManager") -> None:
         off, size = float((pre + attn + mlp - post).abs().max()), float(post.abs().max())
         if not off <= (1e-4 if hm.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, size):
             raise ModelError(
-                f"{hm.map.family}, block {i}: resid_pre + attn_out + mlp_out is off resid_post by {off:.1e}, so this "
-                "block adds something else to its stream; read attn.in, z, mlp.in or resid_post instead, or give a ModelMap"
+                f"{hm.map.family}, block {i}: resid_pre + attn_out + mlp_out is off resid_post by {off:.1e}; this "
+                "block adds something else to its stream; read attn.in, z, mlp.in or resid_post, or give a ModelMap"
             )
 
 

@@ -405,7 +405,7 @@ class Splice(Intervention):
         edited = latents if self.latents is None else self.latents(latents)
         y = self.dictionary.decode(edited)
         if not isinstance(y, Tensor):
-            raise ShapeError(f"Splice: {type(self.dictionary).__name__}.decode gave {type(y).__name__}, not a tensor")
+            raise ShapeError(f"Splice: {type(self.dictionary).__name__}.decode gave {type(y).__name__}, no tensor")
         if self.keep_error:
             y = x + (y - self.dictionary.decode(latents)) if self.latents is not None else x
         return y.to(x.dtype)
@@ -430,7 +430,7 @@ class Edit(Intervention):
             raise ShapeError(f"Edit needs a function of the activation, got {type(self.fn).__name__}")
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
-        """Return fn of a copy of x: what fn does in place must not reach beyond `where`, nor fn's own tensors the model."""
+        """Return fn of a copy of x: what it does in place must not reach beyond `where`, nor its tensors the model."""
         mine = x.clone()
         new = self.fn(mine)
         return new if new is mine or not isinstance(new, Tensor) else new.clone()

@@ -66,7 +66,7 @@ def load_model(
         model = source
         if wanted is not None and next(model.parameters()).dtype != wanted:
             raise ModelError(
-                f"this model is in memory as {next(model.parameters()).dtype}; convert it yourself with model.to({wanted})"
+                f"this model is in memory as {next(model.parameters()).dtype}; convert it with model.to({wanted})"
             )
         if device is not None and next(model.parameters()).device != torch.empty(0, device=device).device:
             raise ModelError(

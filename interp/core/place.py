@@ -141,7 +141,7 @@ class Place:
         return None
 
     def _fit_square(self, value: Tensor, x: Tensor, who: str) -> Tensor:
-        """Values for pattern and attn_scores: [pos src], with heads, with batch and heads, or [batch pos src] for one head."""
+        """Values for pattern and attn_scores: [pos src], with heads, whole, or [batch pos src] for one head."""
         if value.ndim == 4 and value.shape[0] == self.frame.n_rows:
             value = value[self.frame.row0 : self.frame.row0 + self.frame.batch]
         if value.ndim == 3 and isinstance(self.where.head, int) and value.shape[0] == self.frame.n_rows != x.shape[1]:

@@ -3,20 +3,16 @@
 import itertools
 import json
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import interp
+from tests import source
 
-REAL = Path(__file__).resolve().parents[2] / ".." / "shared" / "real"
-pytestmark = [
-    pytest.mark.real,
-    pytest.mark.skipif(not REAL.is_dir(), reason="no ../shared/real here"),
-    pytest.mark.usefixtures("unchecked"),
-]
+REAL = source.REPO.parent / "shared" / "real"
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @cache
