@@ -1,8 +1,9 @@
 """Checks of a model's own behaviour, made once per manager, when something first relies on it."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from interp.core.errors import DataError, ModelError
@@ -40,22 +41,18 @@ def check_residual(hm: "HookManager") -> None:
             )
 
 
-def check_positions(hm: "HookManager", tokens: Tokens, position_ids: Any, *, checked: bool) -> bool:
-    """Check position ids; where they start again (packed documents), check once that the family keeps documents apart.
+def check_positions(
+    hm: "HookManager", tokens: Tokens, position_ids: Int[Tensor, "batch pos"], *, checked: bool
+) -> bool:
+    """Where positions start again (packed documents), check once that the family keeps documents apart.
 
     Returns:
         Whether packing is now known to be right for this model.
 
     Raises:
-        DataError: the wrong shape or dtype, or packed rows that are padded as well.
+        DataError: packed rows that are padded as well.
         ModelError: packed documents see each other in this family.
     """
-    good = isinstance(position_ids, Tensor) and position_ids.shape == tokens.ids.shape
-    if not good or position_ids.is_floating_point() or position_ids.dtype == torch.bool:
-        shape = tuple(getattr(position_ids, "shape", ()))
-        raise DataError(
-            f"position_ids must be whole numbers in the shape of the ids {tuple(tokens.ids.shape)}, got {shape}"
-        )
     if not bool((position_ids[:, 1:] < position_ids[:, :-1]).any()):
         return checked
     if not bool(tokens.mask.all()):

@@ -74,6 +74,8 @@ def generate_pass(
     """Generate under a plan; arguments as for `HookManager.generate`."""
     refuse_inside_block(hm, "generate")
     _check(max_new_tokens, temperature, generation_kwargs, plan)
+    if tokens.position_ids is not None:
+        raise DataError("packed documents cannot be continued; give generate one prompt per row")
     tokens = tokens.left_padded(pad_id_of(hm.tokenizer))
     prompt = frame_of(tokens, 0, len(tokens))
     prompt.generating = True

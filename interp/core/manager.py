@@ -252,7 +252,6 @@ class HookManager:
         logits: str | None = None,
         to: "str | torch.device | None" = None,
         mask: Any = None,
-        position_ids: Tensor | None = None,
         batch_size: int | None = None,
     ) -> Run:
         """Run one batch: all edits of a site in list order, then its reads.
@@ -270,7 +269,6 @@ class HookManager:
                 without a metric, else "all".
             to: where reads and logits go, such as "cpu".
             mask: for a padded tensor: 1 where a token is real.
-            position_ids: [batch pos]; for packed documents whose positions start again.
             batch_size: rows per forward; by default the whole batch, halved on running out of memory.
 
         Raises:
@@ -290,8 +288,8 @@ class HookManager:
             raise DataError(f"batch_size={batch_size!r}: expected a whole number of rows ≥ 1")
         if grad is not None and not plan.reads:
             raise DataError("grad=… gives gradients at the sites read; add read=[…]")
-        if position_ids is not None:
-            self._packing_checked |= check_positions(self, tokens, position_ids, checked=self._packing_checked)
+        if tokens.position_ids is not None:
+            self._packing_checked |= check_positions(self, tokens, tokens.position_ids, checked=self._packing_checked)
         return run_pass(
             self,
             tokens,
@@ -299,7 +297,6 @@ class HookManager:
             grad=grad,
             logits=chosen,
             to=None if to is None else _device(to),
-            position_ids=position_ids,
             batch_size=batch_size,
         )
 

@@ -99,7 +99,6 @@ def run_pass(
     grad: Callable[[Run], Tensor] | None,
     logits: str,
     to: torch.device | None,
-    position_ids: Tensor | None,
     batch_size: int | None,
 ) -> Run:
     """Run a batch, in parts if it is larger than `batch_size` or than memory, and return what was asked."""
@@ -118,10 +117,7 @@ def run_pass(
         )
     while True:
         try:
-            parts = [
-                _part(hm, tokens, plan, row0, size, grad=grad, logits=logits, to=to, position_ids=position_ids)
-                for row0 in range(0, n, size)
-            ]
+            parts = [_part(hm, tokens, plan, row0, size, grad=grad, logits=logits, to=to) for row0 in range(0, n, size)]
             break
         except torch.OutOfMemoryError as err:
             if size == 1 or grad is not None or whole_batch is not None:
@@ -175,14 +171,13 @@ def _part(
     grad: Callable[[Run], Tensor] | None,
     logits: str,
     to: torch.device | None,
-    position_ids: Tensor | None,
 ) -> tuple[Forward, Tensor | None, Any]:
     frame = frame_of(tokens, row0, size)
     check_places(plan, frame)
     ids = tokens.ids[row0 : row0 + size].to(hm.device, non_blocking=True)
     mask = positions = None
-    if position_ids is not None:
-        positions = position_ids[row0 : row0 + size].to(hm.device)
+    if tokens.position_ids is not None:
+        positions = tokens.position_ids[row0 : row0 + size].to(hm.device)
     if frame.padded:
         mask = frame.known_mask().long().to(hm.device, non_blocking=True)
         if positions is None:

@@ -22,6 +22,7 @@ class Tokens:
         mask: True where a column holds a real token.
         spans: named positions, such as "user"; True where the span is.
         bos: whether rows begin with the tokenizer's BOS.
+        position_ids: positions that start again where packed documents begin; None for the usual ones.
     """
 
     ids: Int[Tensor, "batch pos"]
@@ -29,11 +30,19 @@ class Tokens:
     spans: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
     bos: bool = False
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    position_ids: Int[Tensor, "batch pos"] | None = None
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.mask.shape:
             raise DataError(
                 f"ids {tuple(self.ids.shape)} and mask {tuple(self.mask.shape)} must have one shape [batch, pos]"
+            )
+        given = self.position_ids
+        whole = isinstance(given, Tensor) and given.dtype in (torch.int32, torch.int64)
+        if given is not None and (not whole or given.shape != self.ids.shape):
+            what = f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
+            raise DataError(
+                f"position_ids must be whole numbers in the shape of the ids {tuple(self.ids.shape)}, got {what}"
             )
         for name, span in self.spans.items():
             if span.shape != self.ids.shape or span.dtype != torch.bool:

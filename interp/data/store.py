@@ -179,9 +179,7 @@ class ActivationStore:
                     yield self._capture(block, keep)
 
     def _capture(self, block: TokenBlock, keep: Int[Tensor, "token"]) -> "_Rows":
-        run = self.hm.run(
-            block.ids, read=self.sites, logits="none", mask=block.run_mask, position_ids=block.position_ids
-        )
+        run = self.hm.run(block.inputs, read=self.sites, logits="none")
         there = keep.to(self.hm.device)
         values = [run[site.name].flatten(0, 1).index_select(0, there) for site in self.sites]
         return _Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
-from interp.core.text import pad_id_of, special_mask
+from interp.core.text import Tokens, pad_id_of, special_mask
 from interp.data.documents import Documents
 
 if TYPE_CHECKING:
@@ -53,9 +53,10 @@ class TokenBlock:
     cursor: Cursor
 
     @property
-    def run_mask(self) -> Bool[Tensor, "row pos"]:
-        """The mask for `hm.run`; all True under "block_diagonal", where pads are one more document."""
-        return self.mask if self.position_ids is None else torch.ones_like(self.mask)
+    def inputs(self) -> Tokens:
+        """The block as `hm.run` takes it; under "block_diagonal" pads are one more document, not masked."""
+        mask = self.mask if self.position_ids is None else torch.ones_like(self.mask)
+        return Tokens(self.ids, mask, position_ids=self.position_ids)
 
 
 @dataclass

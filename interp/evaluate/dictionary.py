@@ -139,7 +139,7 @@ def evaluate_dictionary(
         raise ConfigError(f"{where}; use dictionary.to(hm.device)")
     moments = _Moments(dictionary)
     for block, keep in _blocks(tokens, max_tokens, should_stop):
-        run = hm.run(block.ids, read=[place], logits="none", mask=block.run_mask, position_ids=block.position_ids)
+        run = hm.run(block.inputs, read=[place], logits="none")
         moments.add(run[place.name].flatten(0, 1).index_select(0, keep.flatten().nonzero().flatten().to(hm.device)))
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
@@ -242,7 +242,7 @@ class _Losses:
                 self._sum("kl", kl, ours)
 
     def _logprobs(self, block: TokenBlock, write: list[Intervention]) -> Float[Tensor, "row pos d_vocab"]:
-        run = self.hm.run(block.ids, write=write, logits="all", mask=block.run_mask, position_ids=block.position_ids)
+        run = self.hm.run(block.inputs, write=write, logits="all")
         return run.logits[:, :-1].float().log_softmax(-1)
 
     def _sum(self, name: str, values: Tensor, mask: Tensor) -> None:

@@ -32,6 +32,7 @@ from interp.core.intervention import (
 )
 from interp.core.manager import HookManager
 from interp.core.site import Site
+from interp.core.text import Tokens
 from interp.core.where import Where
 from tests.families import VOCAB, manager, tokens
 
@@ -226,7 +227,8 @@ def _inputs(rng: random.Random, hm: HookManager) -> Iterator[BadCall]:
     empty[rng.randrange(BATCH)] = False
     yield BadCall("a row of pads", lambda hm: hm.run(IDS, mask=empty))
     places = _any(rng, [torch.zeros(BATCH, POS - 1, dtype=torch.long), torch.zeros(BATCH, POS), "0..5"])
-    yield BadCall("position ids of other shape or type", lambda hm: hm.run(IDS, position_ids=places))
+    whole = torch.ones(BATCH, POS, dtype=torch.bool)
+    yield BadCall("position ids that do not fit", lambda hm: hm.run(Tokens(IDS, whole, position_ids=places)))
     size = _any(rng, [0, -1, 1.5, "2", True])
     yield BadCall(f"batch_size={size!r}", lambda hm: hm.run(IDS, batch_size=size))
     logits = _any(rng, ["some", "", 3, True, ["all"]])

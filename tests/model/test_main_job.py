@@ -169,7 +169,7 @@ def planted(d: int, *, gain: float = 1.0, centre: Tensor | None = None) -> TopKS
 def counted_activations(hm: interp.HookManager, tokens: TokenSource) -> Tensor:
     kept = []
     for block in tokens.blocks():
-        x = hm.run(block.ids, read=[SITE], mask=block.run_mask)[SITE]
+        x = hm.run(block.inputs, read=[SITE])[SITE]
         kept.append(x[block.mask & ~block.special])
     return torch.cat(kept).double()
 

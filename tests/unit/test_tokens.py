@@ -67,7 +67,7 @@ def test_block_diagonal_restarts_positions_at_each_document_and_never_asks_for_a
         [0, 1, 0, 1, 0, 1],
         [0, 1, 2, 3, 4, 0],
     ]
-    assert all(bool(block.run_mask.all()) for block in blocks)
+    assert all(bool(block.inputs.mask.all()) for block in blocks)
 
 
 def test_one_doc_gives_each_document_its_row_cut_or_padded() -> None:
