@@ -96,8 +96,8 @@ class _Folding:
         if config is not None:
             config.tie_word_embeddings = False
             config.get_text_config().tie_word_embeddings = False
-        if hasattr(self.twin, "all_tied_weights_keys"):
-            self.twin.all_tied_weights_keys = {}  # type: ignore[assignment]
+        known: Any = getattr(self.twin, "all_tied_weights_keys", {})
+        known.pop(f"{self.map.path('unembed')}.weight", None)  # else transformers may tie them again
         self.notes.append("W_E and W_U were one tensor in this model; in the copy they are two")
 
     # -- norms --------------------------------------------------------------------------------------------------

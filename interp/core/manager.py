@@ -42,7 +42,14 @@ class HookManager:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, modelmap: ModelMap, *, name: str = "", revision: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        modelmap: ModelMap,
+        *,
+        name: str = "",
+        revision: str | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.root: nn.Module = _base_of(model)
@@ -50,6 +57,7 @@ class HookManager:
         self.map = modelmap
         self.name = name
         self.revision = revision
+        self.notes = tuple(notes)
         self.atlas = Atlas(self.root, modelmap)
         self.caller = Caller(model)
         self._plans: dict[tuple[Any, ...], Plan] = {}
@@ -235,10 +243,11 @@ class HookManager:
             first = tokens.ids.gather(1, tokens.mask.int().argmax(1, keepdim=True))
             if not bool((first == bos).all()):
                 return [
+                    *self.notes,
                     f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools "
-                    "usually do; to_tokens(…, bos=True)"
+                    "usually do; to_tokens(…, bos=True)",
                 ]
-        return []
+        return [*self.notes]
 
     # -- runs ---------------------------------------------------------------------------------------------------
 
@@ -401,20 +410,18 @@ class HookManager:
     # -- other forms --------------------------------------------------------------------------------------------
 
     def folded(self) -> "HookManager":
-        """Return a manager over a copy with norms folded and weights centred (TransformerLens' default); see `fold`.
+        """Return a manager over a copy with norms folded and weights centred (TransformerLens' default).
+
+        What was done is in the copy's `notes`, and in those of its runs; see `interp.core.fold.fold`.
 
         Raises:
             ModelError: the family's norms cannot be folded.
         """
         from interp.core.fold import fold
 
-        return HookManager(
-            fold(self.root, self.atlas)[0],
-            self.tokenizer,
-            self.map,
-            name=f"{self.name} (folded)",
-            revision=self.revision,
-        )
+        twin, notes = fold(self.root, self.atlas)
+        name = f"{self.name} (folded)"
+        return HookManager(twin, self.tokenizer, self.map, name=name, revision=self.revision, notes=notes)
 
     def to_transformer_lens(self) -> Any:
         """Return a `TransformerBridge` over this model's own tensors; the model itself stays as it is.

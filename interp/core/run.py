@@ -161,7 +161,7 @@ class Run(Gradients):
 
         return decompose.stack_head_results(self, layer)
 
-    def loss_per_token(self) -> Float[Tensor, "batch pos"]:
+    def loss_per_token(self) -> Float[Tensor, "batch next"]:
         """Return the next-token loss in nats; see `interp.core.decompose.loss_per_token`."""
         from interp.core import decompose
 

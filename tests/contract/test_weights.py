@@ -313,11 +313,13 @@ def test_tied_embeddings_come_apart_in_the_copy_alone(name: str) -> None:
     assert twin.lm_head.weight is not twin.get_submodule(embedding).weight
     assert any("W_E and W_U" in note for note in notes)
     assert any("from_pretrained" in note for note in notes) == (twin.lm_head.bias is not None)
-    twin.tie_weights()  # as saving and loading do
+    for again in (True, False):
+        twin.tie_weights(recompute_mapping=again)
     with torch.no_grad():
         assert off(twin(ids).logits.log_softmax(-1), root(ids).logits.log_softmax(-1)) < 3 * TOLERANCE
     assert root.config.tie_word_embeddings
     assert not twin.config.tie_word_embeddings
+    assert not twin.config.get_text_config().tie_word_embeddings
 
 
 def test_a_reader_that_the_map_does_not_know_is_found_by_the_predictions() -> None:
