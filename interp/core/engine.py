@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class Plan:
     reads: tuple[Site, ...]
     writes: tuple[Intervention, ...]
     points: tuple[Point, ...]
+
+    @cached_property
+    def restricted(self) -> bool:
+        """Whether any read or edit is about some positions, rows or heads only."""
+        wheres = [r.where for r in self.reads] + [w.selection for w in self.writes]
+        return any(w is not None and not w.is_all for w in wheres)
 
     @property
     def needs_residual_identity(self) -> bool:

@@ -60,6 +60,7 @@ class HookManager:
         self.notes = tuple(notes)
         self.atlas = Atlas(self.root, modelmap)
         self.caller = Caller(model)
+        self.embedding: nn.Module = modelmap.module(self.root, "embed") or self.root
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._packing_checked = False
         self._residual_checked = False
@@ -156,12 +157,12 @@ class HookManager:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the token embedding."""
-        return next((self.map.module(self.root, "embed") or self.root).parameters()).device
+        return next(self.embedding.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the token embedding."""
-        return next((self.map.module(self.root, "embed") or self.root).parameters()).dtype
+        return next(self.embedding.parameters()).dtype
 
     @cached_property
     def weights(self) -> "Weights":
@@ -202,8 +203,7 @@ class HookManager:
     @cached_property
     def _embedding_rows(self) -> int:
         """Rows of the embedding: ids must lie below (it can be larger than the vocabulary)."""
-        embed = self.map.module(self.root, "embed")
-        weight = getattr(embed, "weight", None)
+        weight = getattr(self.embedding, "weight", None)
         return int(weight.shape[0]) if isinstance(weight, Tensor) else self.d_vocab
 
     @cached_property

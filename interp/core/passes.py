@@ -104,7 +104,8 @@ def run_pass(
     """Run a batch, in parts if it is larger than `batch_size` or than memory, and return what was asked."""
     refuse_inside_block(hm, "run")
     n, notes, size = len(tokens), list(hm.notes_for(tokens)), batch_size or len(tokens)
-    check_places(plan, frame_of(tokens, 0, n))
+    if plan.restricted:
+        check_places(plan, frame_of(tokens, 0, n))
     whole_batch = next((e for e in plan.writes if e.needs_whole_batch), None)
     if size < n and whole_batch is not None:
         raise DataError(
@@ -190,7 +191,7 @@ def _part(
         stop=logits == "none",
         differentiate=grad is not None,
         to=to,
-        embedding=hm.map.module(hm.root, "embed"),
+        embedding=hm.embedding,
     )
     with torch.set_grad_enabled(grad is not None):
         with forward.attached(hm.model):
