@@ -156,8 +156,12 @@ class HookManager:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the token embedding."""
-        return next(self.embedding.parameters()).device
+        """Where inputs go: the device of the token embedding, or where accelerate runs it if it is offloaded."""
+        device = next(self.embedding.parameters()).device
+        if device.type == "meta":
+            execution = getattr(getattr(self.embedding, "_hf_hook", None), "execution_device", None)
+            return device if execution is None else torch.device(execution)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:

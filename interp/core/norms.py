@@ -79,6 +79,11 @@ def identify_norm(module: nn.Module, path: str, width: int) -> NormSpec:
     dim = int(weight.shape[-1]) if isinstance(weight, Tensor) else width
     eps = next((float(getattr(module, n)) for n in ("eps", "variance_epsilon", "norm_eps") if hasattr(module, n)), 1e-5)
     candidates = [NormSpec(kind, eps, plus, dim) for kind, plus in (("RMS", False), ("LN", False), ("RMS", True))]
+    if like.device.type == "meta" and hasattr(module, "_hf_hook"):
+        raise ModelError(
+            f"the norm {path!r} is offloaded, so its formula cannot be checked; give a device_map that keeps norms "
+            "on a device, or read its output ('.out')"
+        )
     if like.device.type == "meta":
         return candidates[_guess(module)]
     heads = tuple(weight.shape[:-1]) if isinstance(weight, Tensor) else ()

@@ -231,7 +231,17 @@ class Weights:
         return (self[layer] for layer in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"Weights({self._map.family}, {len(self)} layers; weights[layer].W_Q, .W_E, .W_U, .norm_weights(…))"
+        tied = "; W_E and W_U are one tensor, editing one edits both" if self.tied else ""
+        return (
+            f"Weights({self._map.family}, {len(self)} layers; weights[layer].W_Q, .W_E, .W_U, .norm_weights(…){tied})"
+        )
+
+    @property
+    def tied(self) -> bool:
+        """Whether `W_U` is `W_E` transposed in memory, so that an edit of one is an edit of the other."""
+        embed, unembed = (self._map.module(self._model, part) for part in ("embed", "unembed"))
+        first, second = getattr(embed, "weight", None), getattr(unembed, "weight", None)
+        return first is not None and second is not None and first.data_ptr() == second.data_ptr()
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

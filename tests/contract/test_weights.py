@@ -337,3 +337,11 @@ def test_what_cannot_be_folded_is_refused() -> None:
     training = HookManager.load(make("GPT2").train(), word_tokenizer())
     with pytest.raises(ModelError, match="eval"):
         training.folded()
+
+
+def test_tied_embeddings_are_said_to_be_one_tensor() -> None:
+    tied, loose = manager("GPT2").weights, manager("GPTNeoX").weights
+    assert tied.tied
+    assert "W_E and W_U are one tensor" in repr(tied)
+    assert not loose.tied
+    assert torch.equal(tied.W_E.T, tied.W_U)
