@@ -148,7 +148,7 @@ class _Work:
     @property
     def touches(self) -> bool:
         """Whether the module must get the tensor back."""
-        return bool(self.edits) or (self.forward.differentiate and bool(self.reads))
+        return bool(self.edits) or (self.forward.keeps_graph and bool(self.reads))
 
 
 @dataclass
@@ -192,6 +192,11 @@ class Forward:
         for number, edit in enumerate(self.plan.writes):
             work[Site(edit.site).key].edits.append((number, edit))
         self.work = work
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether what is read must lie on the path of gradients, so that they reach it."""
+        return self.differentiate or (not self.detach and torch.is_grad_enabled())
 
     # -- at a site ----------------------------------------------------------------------------------------------
 
@@ -241,7 +246,7 @@ class Forward:
             self.results.setdefault(read, [x])  # sliced after the backward pass
             return
         part = take(x, read, self.frame, rows)
-        if self.detach:
+        if self.detach or not part.requires_grad:
             part = part.detach()
             if self.to is not None and self.to != part.device:
                 self.sent.add(part.device)
@@ -411,7 +416,7 @@ class Forward:
         new = work.visit(old)
         if not work.touches:
             return output
-        if self.differentiate:  # the gradient must pass through the heads' outputs, and only through them
+        if self.keeps_graph:  # the gradient must pass through the heads' outputs, and only through them
             rest = output.detach() - (old.sum(2).flatten(0, 1) if flat else old.sum(2)).detach()
             return rest + (new.sum(2).flatten(0, 1) if flat else new.sum(2))
         change = (new - old).sum(2)

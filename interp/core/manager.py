@@ -335,7 +335,9 @@ class HookManager:
     ) -> AbstractContextManager[Run]:
         """Attach reads and edits to whatever you do with `hm.model` yourself, training included.
 
-        The run that the block gets holds the reads of the latest forward, on the autograd graph if there is one.
+        The run that the block gets holds the reads of the latest forward. With gradients on, they are on the autograd
+        graph, and whole sites (not slices) can be differentiated by; a layer whose pattern or scores are read then
+        runs our own attention formula.
 
         Args:
             read, write: as for `run`.

@@ -170,11 +170,13 @@ def _pick(
     if isinstance(token, str):
         raise DataError(f"{name}={token!r} is text and a token id was expected; use hm.to_single_token({token!r})")
     batch, d_vocab = values.shape
-    ids = torch.as_tensor(token, device=values.device).long()
+    ids = torch.as_tensor(token).long()
+    known = ids.device.type == "cpu" and ids.numel() > 0  # looking at ids on a GPU would make the host wait
+    if known and not (int(ids.min()) >= 0 and int(ids.max()) < d_vocab):
+        raise DataError(f"{name} holds {int(ids.min())} … {int(ids.max())}, outside the vocabulary 0 … {d_vocab - 1}")
+    ids = ids.to(values.device)
     if ids.ndim == 0:
         ids = ids.expand(batch)
     if ids.shape != (batch,):
         raise ShapeError(f"{name} has shape {tuple(ids.shape)}; expected one token id or [batch] = [{batch}]")
-    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < d_vocab):
-        raise DataError(f"{name} holds {int(ids.min())} … {int(ids.max())}, outside the vocabulary 0 … {d_vocab - 1}")
     return values.gather(1, ids[:, None])[:, 0]
