@@ -89,6 +89,10 @@ def generate_pass(
             torch.manual_seed(seed)
             handles.append(hm.model.register_forward_hook(steps.after))
             output = hm.model.generate(tokens.ids.to(hm.device), **arguments)
+    except ValueError as err:
+        if "are not used by the model" in str(err):  # transformers' word for an unknown argument
+            raise DataError(f"generation_kwargs: {err}") from err
+        raise
     finally:
         for handle in handles:
             handle.remove()

@@ -242,16 +242,17 @@ class HookManager:
 
     def notes_for(self, tokens: Tokens) -> list[str]:
         """What a reader of the results should know about these tokens."""
+        notes, length = list(self.notes), tokens.ids.shape[1]
+        trained = getattr(self.config, "max_position_embeddings", None)
+        if trained and length > trained:
+            notes.append(f"{length} positions, but this model was made for {trained}; what it says beyond is its guess")
         bos = getattr(self.tokenizer, "bos_token_id", None)
         if self.map.family in _USUALLY_BOS and bos is not None and not tokens.bos and tokens.ids.device.type == "cpu":
             first = tokens.ids.gather(1, tokens.mask.int().argmax(1, keepdim=True))
             if not bool((first == bos).all()):
-                return [
-                    *self.notes,
-                    f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools "
-                    "usually do; to_tokens(…, bos=True)",
-                ]
-        return [*self.notes]
+                habit = f"no BOS: {self.map.family}'s tokenizer adds none, while the field's tools usually do"
+                notes.append(f"{habit}; to_tokens(…, bos=True)")
+        return notes
 
     # -- runs ---------------------------------------------------------------------------------------------------
 

@@ -112,6 +112,12 @@ class Dictionary(nn.Module, ABC):
     def after_step(self) -> None:
         """Restore constraints after the optimiser's step; nothing by default."""
 
+    def extra_repr(self) -> str:
+        """Sizes, settings and the site it was trained on, for printing."""
+        settings = self.cfg.model_dump(include={"d_in", "d_sae", "k", "dtype"})
+        shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+        return f"{shown}, site={self.cfg.metadata.get('hook_name', 'unknown')}"
+
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction decode(encode(x))."""
         return self.decode(self.encode(x))

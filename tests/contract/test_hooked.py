@@ -61,3 +61,8 @@ def test_positions_are_absolute_when_the_user_generates_inside_a_block() -> None
         found = hm.model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     assert want is not None
     assert torch.equal(found, want)
+
+
+def test_an_unknown_generation_argument_is_a_typed_error() -> None:
+    with pytest.raises(interp.DataError, match="frob"):
+        manager("Llama").generate(tokens(), generation_kwargs={"frob": 3})
