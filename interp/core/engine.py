@@ -94,6 +94,8 @@ class Plan:
 
 def _check_heads(atlas: Atlas, site: Site, where: Where) -> None:
     """Refuse heads that the site does not have, before anything runs."""
+    if any(part.head is not None or part.src is not None for part in where.any_of):
+        raise WhereError(f"{where!r}: a union cannot restrict heads or keys in its parts; make one edit for each")
     if where.head is None:
         return
     for axis, size in zip(site.axes, atlas.shape(site), strict=True):
@@ -127,7 +129,14 @@ class _Work:
         """The columns of a pattern that are read, if only some are and nothing needs the rest."""
         wheres = {r.where for r in self.reads}
         where = next(iter(wheres), None)
-        if self.touches or len(wheres) != 1 or where is None or where.pos is None or where.mask is not None:
+        if (
+            self.touches
+            or len(wheres) != 1
+            or where is None
+            or where.pos is None
+            or where.flattens
+            or where.rows is not None
+        ):
             return None
         return where.read_columns(self.forward.frame) - self.forward.frame.offset
 
@@ -251,8 +260,8 @@ class Forward:
             if self.to is not None and self.to != part.device:
                 self.sent.add(part.device)
                 part = _send(part, self.to)
-            elif part.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-                part = part.clone()  # a read owns its memory: no alias that a later edit could change
+            elif _borrows(part, x):
+                part = part.clone()
         self.results.setdefault(read, []).append(part)
 
     # -- hooks --------------------------------------------------------------------------------------------------
@@ -480,6 +489,13 @@ class Forward:
             else (f"the forward pass never called {missed[0].path!r}")
         )
         raise HookError(f"nothing happened at {names}: {why}; the result would have been silently wrong")
+
+
+def _borrows(part: Tensor, x: Tensor) -> bool:
+    """Whether a read shares memory with the model's tensor (an edit could change it), or keeps more than its own."""
+    storage = part.untyped_storage()
+    shared = storage.data_ptr() == x.untyped_storage().data_ptr()
+    return shared or storage.nbytes() > part.numel() * part.element_size()
 
 
 def _send(x: Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ class Frame:
     holds columns `offset` to `offset + length`; keys of attention go back to column 0.
     """
 
-    ids: Int[Tensor, "batch total"] | None
+    ids: Int[Tensor, "batch known"] | None
     mask: Bool[Tensor, "batch total"] | None
     batch: int
     length: int
@@ -31,6 +31,8 @@ class Frame:
     n_rows: int = 0
     spans: Mapping[str, Bool[Tensor, "rows prompt"]] = field(default_factory=dict)
     generating: bool = False
+    shifts: tuple[int, ...] = ()
+    """How far each row was moved right when it was padded on the left instead; empty where none was."""
     lazy_mask: Callable[[], Bool[Tensor, "batch total"] | None] | None = None
     """Reads a GPU mask only when positions need it (foreign forwards under `hooked`)."""
 
@@ -63,9 +65,19 @@ class Frame:
             mask = torch.cat([mask, tail], dim=1)
         return mask[:, : self.total]
 
-    def starts(self) -> Int[Tensor, " batch"]:
-        """Column of each row's first real token."""
-        return self.memo("starts", lambda: self.prompt_mask().int().argmax(dim=1))
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each row's prompt."""
+        return self.memo("lengths", lambda: self.prompt_mask().sum(dim=1))
+
+    def token_columns(self) -> Int[Tensor, "batch prompt"]:
+        """Column of each row's k-th real token of the prompt; what follows the last one is meaningless."""
+        return self.memo("token_columns", lambda: (~self.prompt_mask()).int().argsort(dim=1, stable=True))
+
+    def moved(self, rows: Tensor) -> Tensor:
+        """Move values [batch, prompt, …] of the batch as it was given to where its tokens are now."""
+        if not any(self.shifts):
+            return rows
+        return torch.stack([row.roll(shift, 0) for row, shift in zip(rows, self.shifts, strict=True)])
 
     def ends(self) -> Int[Tensor, " batch"]:
         """Column of each row's last real token of the prompt."""

@@ -76,8 +76,10 @@ def generate_pass(
     _check(max_new_tokens, temperature, generation_kwargs, plan)
     if tokens.position_ids is not None:
         raise DataError("packed documents cannot be continued; give generate one prompt per row")
+    given = tokens.mask
     tokens = tokens.left_padded(pad_id_of(hm.tokenizer))
     prompt = frame_of(tokens, 0, len(tokens))
+    prompt.shifts = tuple(int(b) - int(a) for a, b in zip(_last(given), _last(tokens.mask), strict=True))
     prompt.generating = True
     check_places(plan, prompt)
     forward = Forward(plan, prompt)
@@ -191,8 +193,9 @@ class _Steps:
         Keys are placed by their absolute column: a sliding-window cache holds only the last of them.
         """
         parts, totals = self.forward.results[read], self.totals
-        one_head = isinstance(getattr(read.where, "head", None), int)
-        axes = [a for a in read.axes if not (one_head and a in ("n_heads", "n_kv_heads"))]
+        one_head, one_row = (isinstance(getattr(read.where, name, None), int) for name in ("head", "rows"))
+        gone = [*(("n_heads", "n_kv_heads") if one_head else ()), *(("batch",) if one_row else ())]
+        axes = [a for a in read.axes if a not in gone]
         axis = axes.index("pos")
         if read.kind in KEY_SITES:
             whole = parts[-1].new_zeros(*parts[-1].shape[:axis], totals[-1], *parts[-1].shape[axis + 1 :])
@@ -203,6 +206,11 @@ class _Steps:
             ends = zip(parts, totals, strict=True)
             parts = [nn.functional.pad(p, (total - p.shape[-1], totals[-1] - total)) for p, total in ends]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """Column of each row's last real token."""
+    return mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)
 
 
 def _needs_ids(where: Any) -> bool:

@@ -22,6 +22,8 @@ def read_inputs(tokenizer: Any, inputs: Inputs, *, bos: bool | None, mask: Any) 
     Raises:
         DataError: another form, nothing to run, or a mask that does not fit.
     """
+    if bos is not None and (isinstance(inputs, Tensor | Tokens)):
+        raise DataError("bos=… is for text; put the BOS id into the ids yourself")
     if isinstance(inputs, Tensor):
         return _of_tensor(tokenizer, inputs, mask)
     if isinstance(inputs, Tokens):

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.core.errors import ShapeError, SiteError
+from interp.core.errors import ShapeError, SiteError, WhereError
 from interp.core.place import Place
 from interp.core.site import Site
 from interp.core.where import Where
@@ -141,7 +141,7 @@ class Add(Intervention):
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x + scale · vector."""
-        return x + place.per_row(self.scale, x) * place.fit(self.vector, x, "Add")
+        return x + place.per_row(self.scale, x, "Add") * place.fit(self.vector, x, "Add")
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +199,11 @@ class Ablate(Intervention):
             return torch.zeros_like(x)
         if self.how == "mean":
             return place.mean(x).expand_as(x)
+        if place.frame.padded:
+            raise WhereError(
+                f"Ablate('resample') at {place.site.short} matches rows column by column, and here pads stand beside "
+                "tokens of other rows; give rows of one length, or compute the values and give Replace"
+            )
         return x.index_select(0, place.derangement(self.seed).to(x.device))
 
 
@@ -226,8 +231,11 @@ class Project(Intervention):
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x without the subspace."""
         place.needs_width(self.directions, x, "Project")
-        q = torch.linalg.qr(self.directions.reshape(-1, x.shape[-1]).T.float())[0].to(x.device, x.dtype)
-        return x - (x @ q) @ q.T
+        _, size, lines = torch.linalg.svd(self.directions.reshape(-1, x.shape[-1]).float(), full_matrices=False)
+        # Directions that depend on each other span less than their number: the rest of the basis is arbitrary.
+        kept = size > size.max() * max(self.directions.shape) * torch.finfo(size.dtype).eps
+        q = (lines * kept[:, None]).to(x.device, x.dtype)
+        return x - (x @ q.T) @ q
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,7 +265,7 @@ class SetProjection(Intervention):
         """Return x with the coordinate set."""
         place.needs_width(self.direction, x, "SetProjection")
         u = (self.direction / self.direction.norm()).to(x.device, x.dtype)
-        return x + (place.per_row(self.value, x) - (x @ u)[..., None]) * u
+        return x + (place.per_row(self.value, x, "SetProjection") - (x @ u)[..., None]) * u
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,7 +331,7 @@ class Rotate(Intervention):
         u = plane[0] / plane[0].norm()
         w = plane[1] - (plane[1] @ u) * u
         w = w / w.norm()
-        angle = place.per_row(self.angle, x)
+        angle = place.per_row(self.angle, x, "Rotate")
         angle = angle if isinstance(angle, Tensor) else torch.tensor(angle, device=x.device, dtype=x.dtype)
         a, b = (x @ u)[..., None], (x @ w)[..., None]
         cos, sin = angle.cos(), angle.sin()
@@ -399,10 +407,15 @@ class Splice(Intervention):
                 f"Splice needs something with encode and decode; {type(self.dictionary).__name__} lacks {missing}"
             )
 
+    @property
+    def may_do_nothing(self) -> bool:
+        """A splice that keeps its error and edits no latent leaves every value as it is, on purpose."""
+        return self.keep_error and self.latents is None
+
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return the reconstruction."""
         latents = self.dictionary.encode(x)
-        edited = latents if self.latents is None else self.latents(latents)
+        edited = latents if self.latents is None else self.latents(latents.clone())
         y = self.dictionary.decode(edited)
         if not isinstance(y, Tensor):
             raise ShapeError(f"Splice: {type(self.dictionary).__name__}.decode gave {type(y).__name__}, no tensor")

@@ -10,7 +10,7 @@ from torch import nn
 
 from interp.core.errors import ModelError
 
-__all__ = ["Loaded", "load_model", "skeleton", "to_dtype"]
+__all__ = ["Loaded", "load_model", "skeleton", "to_device", "to_dtype"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,18 @@ def to_dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | None":
     return found
 
 
+def to_device(device: "str | torch.device") -> torch.device:
+    """Return a torch device that can be used here, with its index.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as err:
+        raise ModelError(f"there is no device {device!r} here: {str(err).splitlines()[0]}") from err
+
+
 def load_model(
     source: "str | Path | nn.Module",
     tokenizer: Any,
@@ -64,11 +76,13 @@ def load_model(
                 "model_kwargs, device_map and revision are for loading by name; this model is in memory already"
             )
         model = source
+        if next(model.parameters(), None) is None:
+            raise ModelError(f"{type(model).__name__} has no parameters, so it is no language model")
         if wanted is not None and next(model.parameters()).dtype != wanted:
             raise ModelError(
                 f"this model is in memory as {next(model.parameters()).dtype}; convert it with model.to({wanted})"
             )
-        if device is not None and next(model.parameters()).device != torch.empty(0, device=device).device:
+        if device is not None and next(model.parameters()).device != to_device(device):
             raise ModelError(
                 f"this model is on {next(model.parameters()).device}; move it yourself with model.to({str(device)!r})"
             )
@@ -108,6 +122,8 @@ def _from_pretrained(
         model = AutoModelForCausalLM.from_pretrained(name, **shared, **options)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up for a folder without
+                tokenizer = None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as err:
         raise ModelError(_cannot_load(name, err)) from err
     if device is not None:
@@ -133,6 +149,8 @@ def _cannot_load(name: str, err: Exception) -> str:
     text = str(err).strip() or type(err).__name__
     first = text.splitlines()[0][:300].rstrip(".")
     message = f"cannot load {name!r}: {first}"
+    if "tokenizer" in str(err).lower() and Path(name).is_dir():
+        return f"{message}. Give a tokenizer: load(folder, tokenizer); or load the model yourself and give load(model)"
     if "trust_remote_code" in str(err):
         return f"{message}. It runs code of its own; read that code, then give trust_remote_code=True"
     if not Path(name).is_dir():

@@ -17,7 +17,7 @@ from interp.core.errors import DataError, ModelError
 from interp.core.generate import Generation, generate_pass
 from interp.core.inputs import Inputs, check_tokens, read_inputs
 from interp.core.intervention import Intervention
-from interp.core.loading import load_model, skeleton
+from interp.core.loading import load_model, skeleton, to_device
 from interp.core.modelmap import ModelMap
 from interp.core.passes import Caller, hooked_pass, run_pass
 from interp.core.points import Atlas
@@ -310,7 +310,7 @@ class HookManager:
             plan,
             grad=grad,
             logits=chosen,
-            to=None if to is None else _device(to),
+            to=None if to is None else to_device(to),
             batch_size=batch_size,
         )
 
@@ -475,17 +475,15 @@ def _map_of(model: nn.Module) -> ModelMap:
 def _refuse_unhookable(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise ModelError(f"load takes a model name, a folder or a model, got {type(model).__name__}")
-    compiled = type(model).__name__ == "OptimizedModule" or getattr(model, "_compiled_call_impl", None) is not None
+
+    def compiles(module: nn.Module) -> bool:
+        in_place = getattr(module, "_compiled_call_impl", None) is not None
+        return type(module).__name__ == "OptimizedModule" or in_place
+
+    compiled = any(compiles(module) for module in model.modules())
     if compiled:
         raise ModelError(
             "a compiled model's inner hooks would not fire; give the model before torch.compile (model._orig_mod)"
         )
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise ModelError(f"{type(model).__name__} runs copies of the model; give the model inside it (model.module)")
-
-
-def _device(to: Any) -> torch.device:
-    try:
-        return torch.empty(0, device=to).device
-    except (RuntimeError, AssertionError, TypeError) as err:
-        raise DataError(f"to={to!r} is no device that can be used here: {str(err).splitlines()[0]}") from None

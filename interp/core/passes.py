@@ -133,6 +133,11 @@ def run_pass(
         forward.finish()
     write_notes(plan, forwards, notes)
     values = {site: _joined([f.results[site][0] for f in forwards]) for site in plan.reads}
+    if len(forwards) > 1:
+        one_row = {
+            s for s in plan.reads if s.where is not None and isinstance(s.where.rows, int) and not s.where.flattens
+        }
+        values = {s: v.squeeze(0) if s in one_row else v for s, v in values.items()}
     kept = [out for _, out, _ in parts if out is not None]
     gradients, metric = parts[0][2] if grad is not None else (None, None)
     if gradients is not None:
@@ -216,7 +221,7 @@ def check_places(plan: Plan, frame: Frame) -> None:
             if not frame.generating and frame.row0 == 0 and frame.batch == frame.n_rows and not bool(selected.any()):
                 raise WhereError(_selects_nothing(edit))
     for read in plan.reads:
-        if read.where is not None and read.where.pos is not None:
+        if read.where is not None and read.where.pos is not None and not read.where.flattens:
             read.where.read_columns(frame)
 
 

@@ -40,13 +40,8 @@ class Place:
         """
         axes, frame, where = self.site.axes, self.frame, self.where
         heads = self._heads(x)
-        if (
-            not where.selects_positions
-            and where.rows is None
-            and where.src is None
-            and heads is None
-            and not frame.padded
-        ):
+        free = not where.selects_positions and not where.selects_rows and where.src is None and heads is None
+        if free and not frame.padded:
             return None
         chosen = where.columns(frame)[:, self.columns(x.shape[axes.index("pos")])]
         shape = [1] * x.ndim
@@ -71,11 +66,7 @@ class Place:
         return next(i for i, axis in enumerate(self.site.axes) if axis in ("n_heads", "n_kv_heads"))
 
     def _heads(self, x: Tensor) -> list[int] | None:
-        if self.where.head is None and not any(w.head is not None for w in self.where.any_of):
-            return None
-        if any(w.head is not None for w in self.where.any_of):
-            raise WhereError("a union of Where cannot restrict heads in its parts; make one edit for each")
-        return self.where.heads(x.shape[self._head_axis()], self.site.short)
+        return None if self.where.head is None else self.where.heads(x.shape[self._head_axis()], self.site.short)
 
     def fit(self, value: Any, x: Tensor, who: str) -> Tensor:
         """Return a value broadcastable to x; see the text of `interp.core.intervention` for the shapes.
@@ -90,7 +81,7 @@ class Place:
             return self._fit_square(value, x, who)
         features = tuple(x.shape[2:])
         options = [value]
-        if isinstance(self.where.head, int) and len(features) == 2 and value.ndim >= 1:
+        if len(features) == 2 and (value.ndim == 1 or (isinstance(self.where.head, int) and value.ndim > 1)):
             options.append(value.unsqueeze(-2))  # the head axis left out
         found = [placed for v in options if (placed := self._lead(v, x, features)) is not None]
         whole = f"{list(features)}, [batch, {', '.join(map(str, features))}] or {list(x.shape)}"
@@ -123,7 +114,8 @@ class Place:
             return value
         columns = self.columns(x.shape[1])
         if lead[1] in (frame.prompt_length, frame.total):
-            part = value[:, columns]
+            moved = lead[1] == frame.prompt_length and value.shape[0] == frame.batch
+            part = (frame.moved(value) if moved else value)[:, columns]
             if part.shape[1] == x.shape[1]:
                 return part
             outside = self.where.columns(frame)[:, columns][:, part.shape[1] :]
@@ -160,13 +152,16 @@ class Place:
             )
         return value
 
-    def per_row(self, value: Any, x: Tensor) -> Any:
+    def per_row(self, value: Any, x: Tensor, who: str) -> Any:
         """Return a coefficient as a number, or as a tensor [batch, 1, …] when there is one per row."""
         if not isinstance(value, Tensor) or value.ndim == 0:
             return value if not isinstance(value, Tensor) else value.to(x.device, x.dtype)
         frame = self.frame
         if value.shape[0] != frame.n_rows:
-            raise ShapeError(f"a coefficient per row has {value.shape[0]} values; the batch has {frame.n_rows} rows")
+            raise ShapeError(
+                f"{who} at {self.site.short}: a coefficient per row has {value.shape[0]} values; the batch has "
+                f"{frame.n_rows} rows"
+            )
         part = value[frame.row0 : frame.row0 + frame.batch].to(x.device, x.dtype, non_blocking=True)
         return part.reshape(-1, *[1] * (x.ndim - 1))
 

@@ -9,6 +9,7 @@ from interp.core.errors import WhereError
 from interp.core.frame import Frame
 from interp.core.place import KEY_SITES
 from interp.core.site import Site
+from interp.core.where import Where
 
 __all__ = ["take"]
 
@@ -31,19 +32,18 @@ def take(x: Tensor, site: Site, frame: Frame, rows: Tensor | None = None) -> Ten
     where = site.where
     if where is None or where.is_all:
         return x
+    axes = list(site.axes)
     if where.any_of or where.name:
         raise WhereError(f"{site!r}: a read slice takes pos, head, rows, src or mask; for spans and unions use mask=…")
-    axes = list(site.axes)
     x, axes = _heads(x, axes, site)
     if where.src is not None:
         x, axes = _src(x, axes, site, frame)
-    flat = where.mask is not None or where.tokens is not None or where.phase is not None
-    if flat:
+    if where.flattens:
         return _flat(x, axes, site, frame)
     if where.pos is not None:
         x, axes = _positions(x, axes, site, frame, rows)
     if where.rows is not None:
-        x = _rows(x, where.rows, frame)
+        x = _rows(x, site, frame)
     return x
 
 
@@ -71,14 +71,13 @@ def _src(x: Tensor, axes: list[str], site: Site, frame: Frame) -> tuple[Tensor, 
     assert where is not None
     if "src" not in axes:
         raise WhereError(f"{site!r}: src=… is for pattern and attn_scores; {site.short} has axes {' '.join(site.axes)}")
-    from interp.core.where import Where
-
     columns = Where(pos=where.src).read_columns(frame)
-    if bool((columns != columns[:1]).any()):
-        raise WhereError(f"{site!r}: src=… falls on different columns in different rows; read the whole axis instead")
-    part = x.index_select(axes.index("src"), _index(columns[0], x))
-    if isinstance(where.src, int):
-        return part.squeeze(axes.index("src")), [a for a in axes if a != "src"]
+    axis = axes.index("src")
+    assert axis == x.ndim - 1
+    index = _index(columns, x).reshape(columns.shape[0], *[1] * (x.ndim - 2), columns.shape[1])
+    part = x.gather(axis, index.expand(*x.shape[:-1], columns.shape[1]))
+    if isinstance(where.src, int) or (isinstance(where.src, Tensor) and where.src.ndim == 1):
+        return part.squeeze(axis), [a for a in axes if a != "src"]
     return part, axes
 
 
@@ -118,8 +117,18 @@ def _positions(x: Tensor, axes: list[str], site: Site, frame: Frame, rows: Tenso
     return part.movedim(1, axis), axes
 
 
-def _rows(x: Tensor, rows: Any, frame: Frame) -> Tensor:
-    from interp.core.where import Where
-
-    chosen = Where(rows=rows).row_mask(frame).nonzero()[:, 0]
-    return x.index_select(0, _index(chosen, x))
+def _rows(x: Tensor, site: Site, frame: Frame) -> Tensor:
+    where = site.where
+    assert where is not None
+    rows, whole = where.rows, frame.batch == frame.n_rows
+    order = [r % frame.n_rows for r in rows] if isinstance(rows, tuple) else []
+    if order and whole:
+        return x.index_select(0, _index(order, x))
+    if order != sorted(set(order)):
+        raise WhereError(
+            f"{site!r}: a batch run in parts gives rows in its own order; sort them, or leave batch_size out"
+        )
+    chosen = where.row_mask(frame).nonzero()[:, 0]
+    part = x.index_select(0, _index(chosen, x))
+    # A part of a split batch may hold none of the rows; the joined result loses the axis then.
+    return part.squeeze(0) if isinstance(rows, int) and whole else part

@@ -33,6 +33,10 @@ class Tokens:
     position_ids: Int[Tensor, "batch pos"] | None = None
 
     def __post_init__(self) -> None:
+        if self.ids.dtype not in (torch.int32, torch.int64) or self.ids.ndim != 2:
+            raise DataError(f"ids are whole numbers [batch, pos], got {self.ids.dtype} {tuple(self.ids.shape)}")
+        if self.mask.dtype != torch.bool:
+            raise DataError(f"mask must be bool (True at real tokens), got {self.mask.dtype}; give mask.bool()")
         if self.ids.shape != self.mask.shape:
             raise DataError(
                 f"ids {tuple(self.ids.shape)} and mask {tuple(self.mask.shape)} must have one shape [batch, pos]"
@@ -73,7 +77,9 @@ class Tokens:
         shift = [int(row.flip(0).int().argmax()) for row in self.mask]
         spans = {n: _roll(s, shift) for n, s in self.spans.items()}
         mask = _roll(self.mask, shift)
-        return replace(self, ids=_roll(self.ids, shift).masked_fill(~mask, pad_id), mask=mask, spans=spans)
+        ids = _roll(self.ids, shift).masked_fill(~mask, pad_id)
+        positions = None if self.position_ids is None else _roll(self.position_ids, shift)
+        return replace(self, ids=ids, mask=mask, spans=spans, position_ids=positions)
 
 
 def _roll(x: Tensor, shifts: Sequence[int]) -> Tensor:
@@ -178,24 +184,61 @@ def chat_tokens(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = 
     )
     if not good:
         raise DataError("chat takes a list of messages such as [{'role': 'user', 'content': 'Hello'}]")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    text = _rendered(tokenizer, messages, add_generation_prompt)
     encoded = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=bool(getattr(tokenizer, "is_fast", False))
     )
     ids = torch.tensor([encoded.input_ids])
     spans: dict[str, Tensor] = {}
-    offsets, start = encoded.get("offset_mapping"), 0
-    for message in messages:
-        content = str(message["content"]).strip()
-        begin = text.find(content, start)
-        if offsets is None or begin < 0 or not content:
-            continue
-        start = begin + len(content)
-        inside = torch.tensor([[a < start and b > begin and b > a for a, b in offsets]])
-        spans[message["role"]] = spans[message["role"]] | inside if message["role"] in spans else inside
+    offsets = encoded.get("offset_mapping") or []
+    for message, (begin, end) in zip(messages, _contents(tokenizer, messages, text), strict=True):
+        inside = torch.tensor([[a < end and b > begin and b > a for a, b in offsets]], dtype=torch.bool)
+        if offsets and end > begin:
+            role = message["role"]
+            spans[role] = spans[role] | inside if role in spans else inside
     bos_id = getattr(tokenizer, "bos_token_id", None)
     has_bos = bos_id is not None and encoded.input_ids[:1] == [bos_id]
     return Chat(ids, torch.ones_like(ids, dtype=torch.bool), spans=spans, bos=has_bos, tokenizer=tokenizer, text=text)
+
+
+def _rendered(tokenizer: Any, messages: Any, add_generation_prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as err:  # a template is a program of the model's makers, and raises what it likes
+        raise DataError(f"the chat template refuses this conversation: {err}") from err
+
+
+def _contents(tokenizer: Any, messages: Any, text: str) -> list[tuple[int, int]]:
+    """Where each message's content stands in the rendered text; (0, 0) for all where that cannot be told.
+
+    The conversation is rendered once more with a mark for each content: what then stands before the marks is the
+    template's own, and cannot be taken for a content.
+    """
+    places, at = [], 0
+    for message, header in zip(messages, _headers(tokenizer, messages), strict=False):
+        begin, content = at + len(header), str(message["content"])
+        content = content if text.startswith(content, begin) else content.strip()
+        if not (text.startswith(header, at) and text.startswith(content, begin)):
+            break
+        at = begin + len(content)
+        places.append((begin, at))
+    return places if len(places) == len(messages) else [(0, 0)] * len(messages)
+
+
+def _headers(tokenizer: Any, messages: Any) -> list[str]:
+    """What the template puts before each content; nothing where it does not show every content once and in order."""
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    try:
+        rest = _rendered(tokenizer, [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], False)
+    except DataError:
+        return []
+    headers = []
+    for mark in marks:
+        header, found, rest = rest.partition(mark)
+        if not found:
+            return []
+        headers.append(header)
+    return headers
 
 
 def str_tokens(tokenizer: Any, ids: Int[Tensor, "batch pos"]) -> list[list[str]]:
@@ -233,6 +276,11 @@ def single_token(tokenizer: Any, text: str) -> int:
 
 
 def special_mask(tokenizer: Any, ids: Int[Tensor, "*n"]) -> Bool[Tensor, "*n"]:
-    """Return True where a token is one of the tokenizer's special tokens (BOS, EOS, pad, …)."""
+    """Return True where a token is one of the tokenizer's special tokens (BOS, EOS, pad, …).
+
+    Raises:
+        DataError: there is no tokenizer to know them.
+    """
+    _need(tokenizer, "which tokens are special")
     special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", []) or []), dtype=ids.dtype, device=ids.device)
     return torch.isin(ids, special)

@@ -60,8 +60,11 @@ class Where:
             raise WhereError(f"Where(mask=…) needs a bool tensor [batch, pos], got {what}")
         if self.mask is not None and self.mask.ndim != 2:
             raise WhereError(f"Where(mask=…) needs shape [batch, pos], got {tuple(self.mask.shape)}")
-        if isinstance(self.name, str):
-            object.__setattr__(self, "name", (self.name,))
+        if self.name is not None:
+            names = (self.name,) if isinstance(self.name, str) else self.name
+            if not isinstance(names, list | tuple) or not names or not all(isinstance(n, str) for n in names):
+                raise WhereError(f"Where(name={self.name!r}): expected the name of a span, or a list of names")
+            object.__setattr__(self, "name", tuple(names))
         if self.phase is not None and self.phase not in _PHASES:
             raise WhereError(f"Where(phase={self.phase!r}): expected one of {', '.join(_PHASES)}")
         fields = (self.pos, self.head, self.rows, self.src, self.mask, self.tokens, self.name, self.phase)
@@ -87,6 +90,8 @@ class Where:
         return Where(phase="generated")
 
     def __or__(self, other: "Where") -> "Where":
+        if not isinstance(other, Where):
+            return NotImplemented
         return Where(any_of=(*(self.any_of or (self,)), *(other.any_of or (other,))))
 
     @property
@@ -95,10 +100,19 @@ class Where:
         return self._key == Where._EMPTY
 
     @property
+    def flattens(self) -> bool:
+        """Whether a read has one axis for rows and positions, because rows may give different numbers of them."""
+        return any(field is not None for field in (self.mask, self.tokens, self.name, self.phase))
+
+    @property
     def selects_positions(self) -> bool:
         """Whether positions (not only heads or rows) are restricted."""
-        own = (self.pos, self.mask, self.tokens, self.name, self.phase)
-        return any(field is not None for field in own) or any(w.selects_positions for w in self.any_of)
+        return self.pos is not None or self.flattens or any(w.selects_positions for w in self.any_of)
+
+    @property
+    def selects_rows(self) -> bool:
+        """Whether rows are restricted."""
+        return self.rows is not None or any(w.selects_rows for w in self.any_of)
 
     @property
     def needs_generation(self) -> bool:
@@ -136,6 +150,8 @@ class Where:
         expected = (frame.batch, frame.prompt_length)
         if given.shape[0] not in (1, frame.batch) or given.shape[1] not in (frame.prompt_length, frame.total):
             raise WhereError(f"Where(mask=…) has shape {tuple(self.mask.shape)}; this batch is {expected} [batch, pos]")
+        given = given.expand(frame.batch, -1)
+        given = frame.moved(given) if given.shape[1] == frame.prompt_length else given
         full = torch.zeros(frame.batch, max(frame.total, given.shape[1]), dtype=torch.bool)
         full[:, : given.shape[1]] = given
         return full[:, : frame.total]
@@ -234,8 +250,17 @@ def _positions(field: str, value: Any) -> Any:
 
 def _whole_numbers(field: str, value: Any) -> Any:
     """Normalise to None, int, slice or a tuple of ints."""
-    if value is None or isinstance(value, slice):
+    if value is None:
         return value
+    if isinstance(value, slice):
+        whole = all(
+            b is None or (hasattr(b, "__index__") and not isinstance(b, bool)) for b in (value.start, value.stop)
+        )
+        if not whole or not (value.step is None or (isinstance(value.step, int) and value.step > 0)):
+            raise WhereError(f"Where({field}={value!r}): a slice needs whole numbers and a step of at least 1")
+        return value
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 0) == 1:
+        value = value.tolist()
     if isinstance(value, bool):
         raise WhereError(f"Where({field}={value!r}): expected a whole number, got a bool")
     if hasattr(value, "__index__") and not isinstance(value, Tensor):
@@ -277,52 +302,43 @@ def _absolute(value: Any, frame: "Frame", field: str) -> Int[Tensor, "batch n"]:
         given = _rows_of(value, frame, field)
     else:
         given = torch.tensor(_listed(value)).expand(frame.batch, -1)
-    starts, ends = frame.starts()[:, None], frame.ends()[:, None]
-    columns = torch.where(given >= 0, starts + given, ends + 1 + given)
-    last = frame.total - 1 if frame.generating else ends
-    bad = (columns < starts) | ((columns > last) & (not frame.generating))
+    lengths = frame.lengths()[:, None]
+    places = torch.where(given >= 0, given, lengths + given)
+    bad = (places < 0) | ((places >= lengths) & (not frame.generating))
     if bad.any():
         row, place = (int(i) for i in bad.nonzero()[0])
-        length = int((ends - starts)[row]) + 1
+        length = int(lengths[row])
         raise WhereError(
             f"position {int(given[row, place])} is outside row {row + frame.row0}, which has {length} tokens "
             f"(0 to {length - 1}, or -1 to -{length})"
         )
-    return columns
+    known = frame.token_columns().gather(1, places.clamp(max=frame.prompt_length - 1))
+    return torch.where(places < lengths, known, frame.prompt_length + places - lengths)
 
 
 def _at(value: Any, frame: "Frame", field: str) -> Bool[Tensor, "batch total"]:
+    """Which columns positions stand for; those that generation has not reached yet are left out."""
     chosen = torch.zeros(frame.batch, frame.total, dtype=torch.bool)
-    if isinstance(value, slice):
-        starts, ends = frame.starts().tolist(), frame.ends().tolist()
-        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            stop = frame.total if frame.generating and (value.stop is None or value.stop >= 0) else end + 1
-            known = (
-                range(start, end + 1)[value]
-                if stop == end + 1
-                else range(start, stop)[_forward(value, end + 1 - start)]
-            )
-            chosen[row, torch.tensor(list(known), dtype=torch.long)] = True
+    if not isinstance(value, slice):
+        for row, columns in enumerate(_absolute(value, frame, field).tolist()):
+            chosen[row, [c for c in columns if c < frame.total]] = True
         return chosen
-    columns = _absolute(value, frame, field)
-    inside = columns < frame.total
-    return (
-        chosen.scatter(1, columns.clamp(max=frame.total - 1), inside) if bool(inside.all()) else _some(chosen, columns)
-    )
-
-
-def _forward(value: slice, length: int) -> slice:
-    """A slice whose negative start counts from the prompt's end, though the row goes on."""
-    start = value.start
-    return slice(max(0, length + start) if start is not None and start < 0 else start, value.stop, value.step)
-
-
-def _some(chosen: Tensor, columns: Tensor) -> Tensor:
-    for row, places in enumerate(columns.tolist()):
-        for column in places:
-            if column < chosen.shape[1]:
-                chosen[row, column] = True
+    made = max(0, frame.total - frame.prompt_length)
+    for row, length in enumerate(frame.lengths().tolist()):
+        places = torch.tensor(range(length + made)[_of_prompt(value, length)], dtype=torch.long)
+        inside = frame.token_columns()[row, places.clamp(max=frame.prompt_length - 1)]
+        columns = torch.where(places < length, inside, frame.prompt_length + places - length)
+        chosen[row, columns[columns < frame.total]] = True
     return chosen
+
+
+def _of_prompt(value: slice, length: int) -> slice:
+    """A slice whose negative ends count from the prompt's end, though a generation goes on."""
+
+    def end(bound: int | None) -> int | None:
+        return None if bound is None else max(0, length + bound) if bound < 0 else bound
+
+    return slice(end(value.start), end(value.stop), value.step)
 
 
 def _span(name: str, frame: "Frame") -> Bool[Tensor, "batch total"]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interp.core.errors import DataError, InterpError, ShapeError, SiteError
+from interp.core.errors import DataError, InterpError, ShapeError, SiteError, WhereError
 from interp.core.intervention import (
     Ablate,
     Add,
@@ -129,7 +129,8 @@ def quietly(name: str, write: list[Intervention]) -> Run:
 def held(name: str, case: str, on: Tensor, where: Where, ids: Tensor, mask: Tensor | None) -> None:
     """Assert that a case's read-back and logits are those of the same edit made by hand where it is on."""
     x = ran(name, [], ids=ids, mask=mask)[SITE]
-    edit, everywhere = CASES[case](x, on)
+    made, everywhere = CASES[case](x, on)
+    edit: Any = made  # the base class does not know the fields of the others
     want = torch.where(on[..., None], everywhere, x)
     got = ran(name, [dataclasses.replace(edit, where=where)], ids=ids, mask=mask)
     by_hand = plain.run(name, make(name), ids, write={("resid_post", 0): lambda _: want}, mask=mask)
@@ -177,12 +178,12 @@ def test_values_per_selected_position_and_for_one_head_land_where_they_belong() 
 
 
 def test_a_run_stands_for_the_value_at_the_edits_own_site() -> None:
-    other = ran("Gemma2", [], read=["0.resid_post", "1.resid_post"], ids=tokens(ROWS, POS, seed=5))
-    got = ran("Gemma2", [Replace("*.resid_post", other)], read=["0.resid_post", "1.resid_post"])
-    assert torch.equal(got["1.resid_post"], other["1.resid_post"])
-    assert torch.equal(got["0.resid_post"], other["0.resid_post"])
-    with pytest.raises(SiteError, match=r"0\.mlp_out was not read"):
-        ran("Gemma2", [Replace("0.mlp_out", other)])
+    read = ["0.mlp_out", "1.mlp_out"]
+    other = ran("Gemma2", [], read=read, ids=tokens(ROWS, POS, seed=5))
+    got = ran("Gemma2", [Replace("*.mlp_out", other)], read=read)
+    assert all(torch.equal(got[site], other[site]) for site in read)
+    with pytest.raises(SiteError, match=r"0\.z was not read"):
+        ran("Gemma2", [Replace("0.z", other)])
 
 
 def test_resampling_gives_every_row_to_another_one_as_its_seed_says() -> None:
@@ -197,6 +198,12 @@ def test_resampling_gives_every_row_to_another_one_as_its_seed_says() -> None:
     assert len({tuple(order) for order in orders}) > 1
 
 
+def test_resampling_a_padded_batch_would_mix_pads_with_tokens_and_is_refused() -> None:
+    for _, ids, mask in paddings(tokens(ROWS, POS)):
+        with pytest.raises(WhereError, match="rows of one length"):
+            ran("Llama", [Ablate(SITE, "resample")], ids=ids, mask=mask)
+
+
 @families
 def test_projecting_is_idempotent_and_leaves_nothing_along_any_of_its_directions(name: str) -> None:
     once = quietly(name, [Project(SITE, LINES)])[SITE]
@@ -206,7 +213,6 @@ def test_projecting_is_idempotent_and_leaves_nothing_along_any_of_its_directions
     assert float((ran(name, [])[SITE] @ LINES.T).abs().max()) > 1
 
 
-@pytest.mark.xfail(strict=True, reason="QR of dependent directions adds arbitrary ones to the basis")
 @pytest.mark.parametrize("lines", [LINES[[0, 0]], torch.stack([LINES[0], LINES[1], LINES[0] - 2 * LINES[1]])])
 def test_directions_that_depend_on_each_other_remove_their_span_and_no_more(lines: Tensor) -> None:
     got = ran("Llama", [Project(SITE, lines)])[SITE]
@@ -235,7 +241,6 @@ def test_a_splice_that_keeps_its_error_changes_nothing_until_a_latent_is_edited(
     assert torch.equal(same[SITE], x[SITE])
 
 
-@pytest.mark.xfail(strict=True, reason="the latents are decoded again after the user's function has written into them")
 def test_latents_may_be_edited_in_place() -> None:
     def set_one(z: Tensor) -> Tensor:
         z[..., 3] = 5.0
@@ -287,10 +292,9 @@ def _with_patterns(name: str, ids: Tensor, patterns: list[Tensor]) -> plain.Plai
         }
 
     edits = {key: edit for layer in range(len(patterns)) for key, edit in write(layer).items()}
-    summed = plain.run(
+    return plain.run(
         name, make(name), ids, read=[("resid_pre", 0)], write=edits, metric=lambda logits: _metric(logits).sum()
     )
-    return summed
 
 
 def _at_the_start(name: str, write: list[Intervention]) -> Tensor:
@@ -391,6 +395,8 @@ def test_the_scale_of_another_run_divides_this_ones_stream(name: str) -> None:
 
 # -- refusals -----------------------------------------------------------------------------------------------------
 
+ANY: list[Any] = [BIAS, 3, lambda y: None]
+"""Arguments of types that no annotation lets through."""
 NAN, HOLE = torch.full((D,), torch.nan), torch.zeros(2, D)
 AT_ONCE: dict[str, tuple[Callable[[], Any], str]] = {
     "add nothing": (lambda: Add(SITE, torch.zeros(0)), r"Add\(vector=…\) is empty: \(0,\)"),
@@ -413,10 +419,10 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], str]] = {
     "a flat plane": (lambda: Rotate(SITE, LINES[[0, 0]], 1.0), r"parallel"),
     "ablate by median": (lambda: Ablate(SITE, "median"), r"how='median'\): expected 'zero', 'mean' or 'resample'"),
     "splice a tensor": (lambda: Splice(SITE, BIAS), r"Tensor lacks \['encode', 'decode'\]"),
-    "edit by a tensor": (lambda: Edit(SITE, BIAS), r"Edit needs a function of the activation, got Tensor"),
+    "edit by a tensor": (lambda: Edit(SITE, ANY[0]), r"Edit needs a function of the activation, got Tensor"),
     "freeze NaN": (lambda: FreezePattern("0.pattern", NAN), r"FreezePattern\(value=…\) holds NaN"),
     "freeze an empty scale": (lambda: FreezeScale("0.ln1.scale", NAN[:0]), r"FreezeScale\(value=…\) is empty"),
-    "where no Where": (lambda: Add(SITE, BIAS, where=3), r"Add\(where=…\) needs a Where, got int"),
+    "where no Where": (lambda: Add(SITE, BIAS, where=ANY[1]), r"Add\(where=…\) needs a Where, got int"),
 }
 AT_THE_SITE: dict[str, tuple[Callable[[], Intervention], str]] = {
     "add": (lambda: Add(SITE, BIAS[:-1]), r"Add at 0\.resid_post: got shape \(31,\); the activation is \(3, 9, 32\)"),
@@ -429,7 +435,7 @@ AT_THE_SITE: dict[str, tuple[Callable[[], Intervention], str]] = {
     "rotate": (lambda: Rotate(SITE, LINES[:2, :8], 1.0), r"Rotate at 0\.resid_post: width 8, .* is 32"),
     "splice": (lambda: Splice(SITE, _Narrow()), r"Splice at 0\.resid_post returned \(3, 9, 8\).* is \(3, 9, 32\)"),
     "edit": (lambda: Edit(SITE, lambda y: y[:, :4]), r"Edit at 0\.resid_post returned \(3, 4, 32\)"),
-    "edit to nothing": (lambda: Edit(SITE, lambda y: None), r"Edit at 0\.resid_post returned NoneType"),
+    "edit to nothing": (lambda: Edit(SITE, ANY[2]), r"Edit at 0\.resid_post returned NoneType"),
     "pattern": (lambda: FreezePattern("0.pattern", torch.ones(ROWS, 4, POS, 2)), r"0\.pattern: got \(3, 4, 9, 2\)"),
     "scale": (lambda: FreezeScale("0.ln1.scale", torch.ones(ROWS, 4, 1)), r"0\.ln1\.scale: got shape \(3, 4, 1\)"),
 }
@@ -456,7 +462,6 @@ def test_an_edit_that_does_not_fit_names_the_site_what_came_and_what_is_there(ca
         ran("Llama", [make_it()])
 
 
-@pytest.mark.xfail(strict=True, reason="the message does not say which edit at which site")
 def test_a_coefficient_for_other_rows_is_refused_by_the_name_of_the_site() -> None:
     with pytest.raises(ShapeError, match=r"Add at 0\.resid_post: .*3 rows"):
         ran("Llama", [Add(SITE, BIAS, scale=torch.ones(5))])
