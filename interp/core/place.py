@@ -85,7 +85,7 @@ class Place:
             options.append(value.unsqueeze(-2))  # the head axis left out
         found = [placed for v in options if (placed := self._lead(v, x, features)) is not None]
         whole = f"{list(features)}, [batch, {', '.join(map(str, features))}] or {list(x.shape)}"
-        if len(found) == 1:
+        if len(found) == 1 or (found and torch.equal(*(f.broadcast_to(x.shape) for f in found))):
             return found[0]
         if found:
             raise ShapeError(
@@ -125,18 +125,40 @@ class Place:
                     "is edited too; restrict the edit with where=Where.prompt()"
                 )
             return torch.cat([part, x.new_zeros(part.shape[0], x.shape[1] - part.shape[1], *part.shape[2:])], dim=1)
-        chosen = self.where.columns(frame)[:, columns]
-        if bool((chosen.sum(1) == lead[1]).all()):
-            rank = (chosen.cumsum(1) - 1).clamp(min=0).to(value.device)
-            index = rank.reshape(*rank.shape, *[1] * n_features).expand(*rank.shape, *value.shape[2:])
-            return value.expand(frame.batch, *value.shape[1:]).gather(1, index)
-        return None
+        rank = self._ranks(lead[1], columns)
+        if rank is None:
+            return None
+        rank = rank.to(value.device)
+        index = rank.reshape(*rank.shape, *[1] * n_features).expand(*rank.shape, *value.shape[2:])
+        return value.expand(frame.batch, *value.shape[1:]).gather(1, index)
+
+    def _ranks(self, n: int, columns: slice) -> Int[Tensor, "batch pos"] | None:
+        """For each column, which of n values per row is meant for it; None when the selection is not of n."""
+        where, frame = self.where, self.frame
+        width = columns.stop - columns.start
+        if isinstance(where.pos, tuple | Tensor) and not where.flattens:  # values come in the order of the positions
+            asked = where.asked_columns(frame) - columns.start
+            if asked.shape[1] != n:
+                return None
+            inside = (asked >= 0) & (asked < width)
+            ranks = torch.zeros(frame.batch, width + 1, dtype=torch.long)
+            ranks.scatter_(1, torch.where(inside, asked, width), torch.arange(n).expand(frame.batch, -1))
+            return ranks[:, :width]
+        chosen = where.columns(frame)[:, columns]
+        counts = chosen.sum(1)
+        return (chosen.cumsum(1) - 1).clamp(min=0) if bool(((counts == n) | (counts == 0)).all()) else None
 
     def _fit_square(self, value: Tensor, x: Tensor, who: str) -> Tensor:
         """Values for pattern and attn_scores: [pos src], with heads, whole, or [batch pos src] for one head."""
         if value.ndim == 4 and value.shape[0] == self.frame.n_rows:
             value = value[self.frame.row0 : self.frame.row0 + self.frame.batch]
-        if value.ndim == 3 and isinstance(self.where.head, int) and value.shape[0] == self.frame.n_rows != x.shape[1]:
+        per_row = value.ndim == 3 and isinstance(self.where.head, int) and value.shape[0] == self.frame.n_rows
+        if per_row and value.shape[0] == x.shape[1] > 1:
+            raise ShapeError(
+                f"{who} at {self.site.short}: shape {tuple(value.shape)} reads in two ways here ([batch pos src] or "
+                "[n_heads pos src]); give [batch, 1, pos, src] or the whole"
+            )
+        if per_row:
             value = value[self.frame.row0 : self.frame.row0 + self.frame.batch, None]
         try:
             torch.broadcast_shapes(value.shape, x.shape)

@@ -180,6 +180,10 @@ class Where:
             return list(range(n))[self.head]
         return _indices(self.head, n, "head", f"heads at {site}").tolist()
 
+    def asked_columns(self, frame: "Frame") -> Int[Tensor, "batch n"]:
+        """Return the column of each position in the order asked, those that do not exist yet included."""
+        return _absolute(self.pos, frame, "pos")
+
     def read_columns(self, frame: "Frame") -> Int[Tensor, "batch n"]:
         """Return the columns of a read slice, the same number in every row.
 
