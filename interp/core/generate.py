@@ -99,11 +99,12 @@ def generate_pass(
         for handle in handles:
             handle.remove()
     ids = output.sequences.cpu()
+    eos = arguments.get("eos_token_id", getattr(hm.model.generation_config, "eos_token_id", None))
     notes = list(hm.notes_for(tokens))
     write_notes(plan, [forward], notes)
     values = {read: steps.stacked(read) for read in plan.reads}
     return Generation(
-        values, tokens=ids, mask=_mask(hm, tokens, ids), prompt_length=tokens.ids.shape[1], notes=notes, hm=hm
+        values, tokens=ids, mask=_mask(tokens, ids, eos), prompt_length=tokens.ids.shape[1], notes=notes, hm=hm
     )
 
 
@@ -217,10 +218,9 @@ def _needs_ids(where: Any) -> bool:
     return where.tokens is not None or any(_needs_ids(w) for w in where.any_of)
 
 
-def _mask(hm: "HookManager", tokens: Tokens, ids: Tensor) -> Tensor:
+def _mask(tokens: Tokens, ids: Tensor, eos: Any) -> Tensor:
     """True at real tokens: the prompt's own, and new ones up to each row's first end of text."""
     new = ids[:, tokens.ids.shape[1] :]
-    eos = getattr(hm.model.generation_config, "eos_token_id", None)
     if eos is None:
         alive = torch.ones_like(new, dtype=torch.bool)
     else:

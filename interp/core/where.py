@@ -33,7 +33,7 @@ class Where:
         src: key positions of `pattern` and `attn_scores`, in the forms of `pos`.
         mask: BoolTensor [batch, pos] in the columns of the padded batch.
         tokens: a token id or a list: the positions that hold one of them.
-        name: a named span of the batch, or several, as given by `hm.chat` or `Tokens.spans`.
+        name: a named span of the batch, or several (where any of them is), as given by `hm.chat` or `Tokens.spans`.
         phase: "prompt", "last_prompt" or "generated"; see `Where.prompt()` and its siblings.
 
     Raises:
@@ -131,14 +131,14 @@ class Where:
     def _columns(self, frame: "Frame", mask: Tensor) -> Bool[Tensor, "batch total"]:
         chosen = mask.clone()
         if self.pos is not None:
-            chosen &= _at(self.pos, frame, "pos")
+            chosen &= _at(self.pos, frame, "pos", self.row_mask(frame))
         if self.mask is not None:
             chosen &= self._user_mask(frame)
         if self.tokens is not None:
             ids = frame.known_ids()
             chosen &= torch.isin(ids, torch.tensor(_listed(self.tokens), dtype=ids.dtype))
-        for name in self.name or ():
-            chosen &= _span(name, frame)
+        if self.name is not None:
+            chosen &= torch.stack([_span(name, frame) for name in self.name]).any(0)
         if self.phase is not None:
             chosen &= _phase(self.phase, frame)
         return chosen & self.row_mask(frame)[:, None]
@@ -182,7 +182,7 @@ class Where:
 
     def asked_columns(self, frame: "Frame") -> Int[Tensor, "batch n"]:
         """Return the column of each position in the order asked, those that do not exist yet included."""
-        return _absolute(self.pos, frame, "pos")
+        return _absolute(self.pos, frame, "pos", self.row_mask(frame))
 
     def read_columns(self, frame: "Frame") -> Int[Tensor, "batch n"]:
         """Return the columns of a read slice, the same number in every row.
@@ -300,8 +300,10 @@ def _rows_of(value: Tensor, frame: "Frame", field: str) -> Int[Tensor, "batch n"
     return value.long().reshape(frame.batch, -1)
 
 
-def _absolute(value: Any, frame: "Frame", field: str) -> Int[Tensor, "batch n"]:
-    """Turn positions in each row's own tokens into columns."""
+def _absolute(
+    value: Any, frame: "Frame", field: str, rows: Bool[Tensor, " batch"] | None = None
+) -> Int[Tensor, "batch n"]:
+    """Turn positions in each row's own tokens into columns; rows that are not meant may lack them."""
     if isinstance(value, Tensor):
         given = _rows_of(value, frame, field)
     else:
@@ -309,6 +311,7 @@ def _absolute(value: Any, frame: "Frame", field: str) -> Int[Tensor, "batch n"]:
     lengths = frame.lengths()[:, None]
     places = torch.where(given >= 0, given, lengths + given)
     bad = (places < 0) | ((places >= lengths) & (not frame.generating))
+    bad = bad if rows is None else bad & rows[:, None]
     if bad.any():
         row, place = (int(i) for i in bad.nonzero()[0])
         length = int(lengths[row])
@@ -316,15 +319,17 @@ def _absolute(value: Any, frame: "Frame", field: str) -> Int[Tensor, "batch n"]:
             f"position {int(given[row, place])} is outside row {row + frame.row0}, which has {length} tokens "
             f"(0 to {length - 1}, or -1 to -{length})"
         )
-    known = frame.token_columns().gather(1, places.clamp(max=frame.prompt_length - 1))
+    known = frame.token_columns().gather(1, places.clamp(min=0, max=frame.prompt_length - 1))
     return torch.where(places < lengths, known, frame.prompt_length + places - lengths)
 
 
-def _at(value: Any, frame: "Frame", field: str) -> Bool[Tensor, "batch total"]:
+def _at(
+    value: Any, frame: "Frame", field: str, rows: Bool[Tensor, " batch"] | None = None
+) -> Bool[Tensor, "batch total"]:
     """Which columns positions stand for; those that generation has not reached yet are left out."""
     chosen = torch.zeros(frame.batch, frame.total, dtype=torch.bool)
     if not isinstance(value, slice):
-        for row, columns in enumerate(_absolute(value, frame, field).tolist()):
+        for row, columns in enumerate(_absolute(value, frame, field, rows).tolist()):
             chosen[row, [c for c in columns if c < frame.total]] = True
         return chosen
     made = max(0, frame.total - frame.prompt_length)

@@ -446,3 +446,21 @@ def test_a_generation_that_never_reaches_the_edit_is_refused(where: Where) -> No
 def test_a_generation_refuses_reads_of_some_positions(where: Where) -> None:
     with pytest.raises(WhereError, match="generate stacks every position"):
         manager("GPT2").generate(batch("none").tokens, max_new_tokens=1, read=[Site("0.pattern", where=where)])
+
+
+def test_several_names_mean_any_of_their_spans() -> None:
+    hm, ids = manager("GPT2"), tokens(1, 6)
+    first, last = torch.zeros(1, 6, dtype=torch.bool), torch.zeros(1, 6, dtype=torch.bool)
+    first[0, 1], last[0, 4] = True, True
+    spanned = Tokens(ids, torch.ones(1, 6, dtype=torch.bool), spans={"first": first, "last": last})
+    marked = Add("0.resid_post", torch.ones(hm.d_model), where=Where(name=["first", "last"]))
+    change = hm.run(spanned, read=[SITE], write=[marked])[SITE] - hm.run(ids, read=[SITE])[SITE]
+    assert change.abs().sum(-1)[0].nonzero().flatten().tolist() == [1, 4]
+
+
+def test_rows_that_are_not_meant_may_be_too_short_for_the_position() -> None:
+    hm = manager("GPT2")
+    edit = Ablate(SITE, where=Where(pos=5, rows=0))
+    got = hm.run([[1, 2, 3, 4, 5, 6], [1, 2]], read=[SITE], write=[edit])[SITE]
+    assert bool((got[0, 5] == 0).all())
+    assert bool((got[1, :2] != 0).all())
