@@ -7,11 +7,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from interp.core.attention import CURRENT
-from interp.core.engine import Forward, Plan
+from interp.core.engine import Forward
 from interp.core.errors import DataError, WhereError
 from interp.core.frame import Frame
 from interp.core.passes import check_places, frame_of, generation_frame, refuse_inside_block, write_notes
 from interp.core.place import KEY_SITES
+from interp.core.plan import Plan
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.text import Tokens, pad_id_of

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from interp.core.attention import install_tap
 from interp.core.checks import check_positions, check_residual
-from interp.core.engine import Plan
 from interp.core.errors import DataError, ModelError
 from interp.core.generate import Generation, generate_pass
 from interp.core.inputs import Inputs, check_tokens, read_inputs
@@ -20,6 +19,7 @@ from interp.core.intervention import Intervention
 from interp.core.loading import load_model, skeleton, to_device
 from interp.core.modelmap import ModelMap
 from interp.core.passes import Caller, hooked_pass, run_pass
+from interp.core.plan import Plan
 from interp.core.points import Atlas
 from interp.core.run import Run
 from interp.core.site import Site

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from interp.core.attention import CURRENT
-from interp.core.engine import Forward, Plan
+from interp.core.engine import Forward
 from interp.core.errors import DataError, HookError, InterpError, ModelError, ShapeError, WhereError
 from interp.core.frame import Frame
 from interp.core.intervention import Intervention
+from interp.core.plan import Plan
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.slicing import take
