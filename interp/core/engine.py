@@ -96,14 +96,14 @@ class Forward:
     to: torch.device | None = None
     embedding: nn.Module | None = None
     block_of: nn.Module | None = None
-    results: dict[Site, list[Tensor]] = field(default_factory=dict)
-    path: dict[Site, Tensor] = field(default_factory=dict)
-    taps: dict[int, LayerTap] = field(default_factory=dict)
-    changed: list[Tensor | None] = field(default_factory=list)
-    selected: list[bool] = field(default_factory=list)
-    waiting: set[tuple[str, int | None]] = field(default_factory=set)
-    modes: list[InsideTap] = field(default_factory=list)
-    sent: set[torch.device] = field(default_factory=set)
+    results: dict[Site, list[Tensor]] = field(default_factory=dict, init=False)
+    path: dict[Site, Tensor] = field(default_factory=dict, init=False)
+    taps: dict[int, LayerTap] = field(default_factory=dict, init=False)
+    changed: list[Tensor | None] = field(init=False)
+    selected: list[bool] = field(init=False)
+    waiting: set[tuple[str, int | None]] = field(default_factory=set, init=False)
+    modes: list[InsideTap] = field(default_factory=list, init=False)
+    sent: set[torch.device] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self.changed = [None] * len(self.plan.writes)
@@ -279,8 +279,7 @@ class Forward:
     def _through(self, work: _Work, x: Tensor) -> Tensor:
         """Take a module's tensor to the site's, visit, and take it back."""
         point, frame = work.point, self.frame
-        flat = x.ndim == 2
-        whole = x.unflatten(0, (frame.batch, frame.length)) if flat and x.shape[0] == frame.batch * frame.length else x
+        whole = self._unflattened(x)
         if whole.shape[0] == 1 != frame.batch:
             whole = whole.expand(frame.batch, *whole.shape[1:])
         old = point.view.get(whole)
@@ -289,10 +288,16 @@ class Forward:
         if not work.touches:
             return x
         back = point.view.put(whole, new) if new is not whole else whole
-        back = back.flatten(0, 1) if flat and back.ndim == 3 else back
+        back = _like(back, x)
         if point.in_place and new is not old:
             return x.copy_(back)
         return back
+
+    def _unflattened(self, x: Tensor) -> Tensor:
+        """[batch pos …] of a tensor whose module sees batch and positions as one axis (OPT's MLP, routers)."""
+        frame = self.frame
+        flat = x.ndim == 2 and x.shape[0] == frame.batch * frame.length
+        return x.unflatten(0, (frame.batch, frame.length)) if flat else x
 
     def _check_shape(self, point: Point, x: Tensor) -> None:
         frame = self.frame
@@ -306,10 +311,9 @@ class Forward:
         """σ and the normalised value by our formula; the module's output is replaced only if one was touched."""
         spec = works[0].point.norm
         assert spec is not None
-        frame, by_part = self.frame, {w.point.part: w for w in works}
-        flat = x.ndim == 2
+        by_part = {w.point.part: w for w in works}
         touched = any(w.touches for w in works)
-        centred = spec.centre(x.unflatten(0, (frame.batch, frame.length)) if flat else x)
+        centred = spec.centre(self._unflattened(x))
         scale = spec.scale(centred)
         if "scale" in by_part:
             scale = self._part(by_part["scale"], scale)
@@ -318,8 +322,7 @@ class Forward:
             normalized = self._part(by_part["normalized"], normalized)
         if not touched:
             return output
-        y = spec.output(normalized, module, output.dtype)
-        return y.flatten(0, 1) if flat else y
+        return _like(spec.output(normalized, module, output.dtype), x)
 
     def _part(self, work: _Work, x: Tensor) -> Tensor:
         old = work.point.view.get(x)
@@ -328,21 +331,16 @@ class Forward:
 
     def _visit_result(self, work: _Work, z: Tensor, output: Tensor) -> Tensor:
         """Each head's output z_h W_O^h; an edit changes the sum by what it changes here."""
-        frame = self.frame
         w_o = linear_weight(work.point.module)  # [n_heads · d_head, d_model]
-        flat = z.ndim == 2
-        zz = z.unflatten(0, (frame.batch, frame.length)) if flat else z
         n = work.point.n_heads
-        heads = zz.reshape(*zz.shape[:2], n, -1)
+        heads = self._unflattened(z).unflatten(-1, (n, -1))
         old = torch.einsum("bphd,hdm->bphm", heads, w_o.reshape(n, -1, w_o.shape[-1]))
         new = work.visit(old)
         if not work.touches:
             return output
         if self.keeps_graph:  # the gradient must pass through the heads' outputs, and only through them
-            rest = output.detach() - (old.sum(2).flatten(0, 1) if flat else old.sum(2)).detach()
-            return rest + (new.sum(2).flatten(0, 1) if flat else new.sum(2))
-        change = (new - old).sum(2)
-        return output + (change.flatten(0, 1) if flat else change)
+            return output.detach() - _like(old.sum(2), z).detach() + _like(new.sum(2), z)
+        return output + _like((new - old).sum(2), z)
 
     def _visit_logits(self, work: _Work, output: Any) -> Any:
         bare = isinstance(output, Tensor)
@@ -364,13 +362,18 @@ class Forward:
 
     # -- a forward ----------------------------------------------------------------------------------------------
 
+    def begin(self, frame: Frame) -> None:
+        """Turn to the next forward: every place asked for has yet to be reached."""
+        self.frame = frame
+        self.waiting = set(self.work)
+
     def run(self, call: Callable[[], Any]) -> Any:
         """Call the model; return its output, or None when it was stopped because everything had been read.
 
         Raises:
             HookError: a place asked for was never reached.
         """
-        self.waiting = set(self.work)
+        self.begin(self.frame)
         try:
             output = call()
         except Stop:
@@ -402,6 +405,11 @@ class Forward:
             else (f"the forward pass never called {missed[0].path!r}")
         )
         raise HookError(f"nothing happened at {names}: {why}; the result would have been silently wrong")
+
+
+def _like(whole: Tensor, x: Tensor) -> Tensor:
+    """A [batch pos …] tensor as the module had it: flattened, if x was."""
+    return whole.flatten(0, 1) if x.ndim == 2 and whole.ndim == 3 else whole
 
 
 def _borrows(part: Tensor, x: Tensor) -> bool:

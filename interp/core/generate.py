@@ -77,10 +77,10 @@ def generate_pass(
     _check(max_new_tokens, temperature, generation_kwargs, plan)
     if tokens.position_ids is not None:
         raise DataError("packed documents cannot be continued; give generate one prompt per row")
-    given = tokens.mask
+    shifts = tuple(tokens.trailing_pads)
     tokens = tokens.left_padded(pad_id_of(hm.tokenizer))
     prompt = frame_of(tokens, 0, len(tokens))
-    prompt.shifts = tuple(int(b) - int(a) for a, b in zip(_last(given), _last(tokens.mask), strict=True))
+    prompt.shifts = shifts
     prompt.generating = True
     check_places(plan, prompt)
     forward = Forward(plan, prompt)
@@ -177,8 +177,7 @@ class _Steps:
         if self.tokens_wanted and self.known is not None and offset + ids.shape[1] > self.known.shape[1]:
             new = ids[:, -(offset + ids.shape[1] - self.known.shape[1]) :].cpu()
             self.known = torch.cat([self.known.cpu(), new], dim=1)
-        self.forward.frame = generation_frame(self.prompt, offset, ids.shape[1], self.known)
-        self.forward.waiting = set(self.forward.work)
+        self.forward.begin(generation_frame(self.prompt, offset, ids.shape[1], self.known))
         if offset == 0:
             self.forward.results.clear()
             self.totals.clear()
@@ -208,11 +207,6 @@ class _Steps:
             ends = zip(parts, totals, strict=True)
             parts = [nn.functional.pad(p, (total - p.shape[-1], totals[-1] - total)) for p, total in ends]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
-
-
-def _last(mask: Tensor) -> Tensor:
-    """Column of each row's last real token."""
-    return mask.shape[1] - 1 - mask.int().flip(1).argmax(dim=1)
 
 
 def _needs_ids(where: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -140,12 +140,15 @@ def run_pass(
         }
         values = {s: v.squeeze(0) if s in one_row else v for s, v in values.items()}
     kept = [out for _, out, _ in parts if out is not None]
-    gradients, metric = parts[0][2] if grad is not None else (None, None)
-    if gradients is not None:
+    gradients, metric = None, None
+    if grad is not None:
+        gradients, metric, unused = parts[0][2]
         values = {s: take(v, s, forwards[0].frame).detach() for s, v in values.items()}
-        notes.extend(_dead_gradients(gradients))
+        notes.extend(f"the metric does not depend on {s!r}: its gradient is zero" for s in unused)
+        if to is not None:
+            values, gradients = ({s: v.to(to) for s, v in found.items()} for found in (values, gradients))
     return Run(
-        {s: v.to(to) if to is not None else v for s, v in values.items()},
+        values,
         tokens=tokens.ids,
         mask=tokens.mask,
         logits=_joined(kept) if kept else None,
@@ -160,14 +163,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _dead_gradients(gradients: Mapping[Site, Tensor]) -> list[str]:
-    return [
-        f"the metric does not depend on {s!r}: its gradient is zero"
-        for s, g in gradients.items()
-        if getattr(g, "_unused", False)
-    ]
-
-
 def _part(
     hm: "HookManager",
     tokens: Tokens,
@@ -180,7 +175,6 @@ def _part(
     to: torch.device | None,
 ) -> tuple[Forward, Tensor | None, Any]:
     frame = frame_of(tokens, row0, size)
-    check_places(plan, frame)
     ids = tokens.ids[row0 : row0 + size].to(hm.device, non_blocking=True)
     mask = positions = None
     if tokens.position_ids is not None:
@@ -203,23 +197,23 @@ def _part(
         with forward.attached(hm.model):
             output = forward.run(lambda: hm.caller(ids, mask=mask, position_ids=positions, keep=keep))
         out = None if output is None or logits == "none" else _own_logits(output, pick)
-        if grad is None:
-            return forward, out if out is None or to is None else out.to(to), None
-        gradients, metric = _differentiate(hm, tokens, forward, out, grad)
-    return forward, None if out is None else out.detach(), (gradients, metric)
+        found = None if grad is None else _differentiate(hm, tokens, forward, out, grad)
+    if out is not None:
+        out = out.detach() if to is None else out.detach().to(to)
+    return forward, out, found
 
 
 def check_places(plan: Plan, frame: Frame) -> None:
-    """Refuse positions and spans that do not exist before the model runs."""
+    """Refuse positions and spans that do not exist before the model runs; the frame is that of the whole batch."""
     for edit in plan.writes:
         where = edit.selection
         if where.needs_generation and not frame.generating:
             raise WhereError(
                 f"{type(edit).__name__}(where={where!r}) is about generated tokens; run makes none, generate does"
             )
-        if where.selects_positions or where.rows is not None:
+        if where.selects_positions or where.selects_rows:
             selected = where.columns(frame)
-            if not frame.generating and frame.row0 == 0 and frame.batch == frame.n_rows and not bool(selected.any()):
+            if not frame.generating and not bool(selected.any()):
                 raise WhereError(_selects_nothing(edit))
     for read in plan.reads:
         if read.where is not None and read.where.pos is not None and not read.where.flattens:
@@ -254,8 +248,8 @@ def _own_logits(output: Any, pick: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _differentiate(
     hm: "HookManager", tokens: Tokens, forward: Forward, logits: Tensor | None, grad: Callable[[Run], Tensor]
-) -> tuple[dict[Site, Tensor], Tensor]:
-    """Return the gradients of the metric at every read, sliced like the read, and the metric per row."""
+) -> tuple[dict[Site, Tensor], Tensor, list[Site]]:
+    """Return the metric's gradient at every read, sliced like it; the metric per row; and the reads it ignores."""
     frame = forward.frame
     live = {s: take(forward.path[Site(s.short)], s, frame) for s in forward.plan.reads}
     run = Run(live, tokens=tokens.ids, mask=tokens.mask, logits=logits, hm=hm)
@@ -267,20 +261,18 @@ def _differentiate(
         raise HookError(
             "the metric of grad=… does not depend on the model's activations (was something detached inside it?)"
         )
-    places = list(forward.path)
-    found = torch.autograd.grad(metric.sum(), [forward.path[s] for s in places], allow_unused=True)
-    whole: dict[Site, Tensor] = {}
-    for site, gradient in zip(places, found, strict=True):
-        value = torch.zeros_like(forward.path[site]) if gradient is None else gradient
-        value._unused = gradient is None  # type: ignore[attr-defined]
-        whole[site] = value
-    result = {}
+    found = torch.autograd.grad(metric.sum(), list(forward.path.values()), allow_unused=True)
+    whole = dict(zip(forward.path, found, strict=True))
+    result: dict[Site, Tensor] = {}
+    unused: list[Site] = []
     for read in forward.plan.reads:
-        full = whole[Site(read.short)]
-        part = take(full, read, frame).clone()
-        part._unused = full._unused  # type: ignore[attr-defined]
-        result[read] = part
-    return result, metric.detach()
+        place = Site(read.short)
+        gradient = whole[place]
+        if gradient is None:
+            unused.append(read)
+            gradient = torch.zeros_like(forward.path[place])
+        result[read] = take(gradient, read, frame).clone()
+    return result, metric.detach(), unused
 
 
 def _selects_nothing(edit: Intervention) -> str:
@@ -342,9 +334,8 @@ def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if CURRENT.get() is not forward or kwargs is None:
             return
-        forward.frame = _foreign_frame(args, kwargs, forward.frame)
+        forward.begin(_foreign_frame(args, kwargs, forward.frame))
         forward.results.clear()
-        forward.waiting = set(forward.work)
         run.tokens = forward.frame.ids
         check_places(plan, forward.frame)
 

@@ -12,10 +12,15 @@ from interp.core.frame import Frame
 from interp.core.site import Site
 from interp.core.where import Where
 
-__all__ = ["Place"]
+__all__ = ["KEY_SITES", "Place", "first_column"]
 
 KEY_SITES = ("rot_k",)
 """Sites whose position axis runs over keys, cached ones included."""
+
+
+def first_column(site: Site, frame: Frame, n: int) -> int:
+    """Return the column that a site's position axis of length n begins at; keys end at the newest token."""
+    return max(0, frame.total - n) if site.kind in KEY_SITES else frame.offset
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,8 @@ class Place:
 
     def columns(self, n: int) -> slice:
         """Which columns the site's position axis of length n covers."""
-        if self.site.kind in KEY_SITES:
-            return slice(max(0, self.frame.total - n), self.frame.total)
-        return slice(self.frame.offset, self.frame.offset + n)
+        first = first_column(self.site, self.frame, n)
+        return slice(first, first + n)
 
     def select(self, x: Tensor) -> Bool[Tensor, "..."] | None:
         """Return what the edit may change, broadcastable to x, or None for everything.

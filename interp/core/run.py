@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from interp.core.decompose import Decomposition
     from interp.core.manager import HookManager
 
-__all__ = ["Gradients", "Run"]
+__all__ = ["BySite", "Run"]
 
 
-class Gradients(Mapping[Site, Tensor]):
+class BySite(Mapping[Site, Tensor]):
     """Tensors by site, found by `Site`, by name, or by (kind, layer)."""
 
     def __init__(self, values: Mapping[Site, Tensor]) -> None:
@@ -61,7 +61,7 @@ class Gradients(Mapping[Site, Tensor]):
         return len(self._values)
 
 
-class Run(Gradients):
+class Run(BySite):
     """Activations by site, with the logits, tokens and mask of the forward pass that gave them.
 
     `run["2.resid_post"]`, `run["resid_post", 2]` and `run["blocks.2.hook_resid_post"]` are the same tensor. Reads own
@@ -87,7 +87,7 @@ class Run(Gradients):
         self.metric = metric
         self.notes: list[str] = notes if notes is not None else []
         self._logits = logits
-        self._grad = None if grad is None else Gradients(grad)
+        self._grad = None if grad is None else BySite(grad)
 
     @property
     def logits(self) -> Float[Tensor, "batch _ d_vocab"]:
@@ -109,7 +109,7 @@ class Run(Gradients):
         return self._logits is not None
 
     @property
-    def grad(self) -> Gradients:
+    def grad(self) -> BySite:
         """Gradients of the metric by site, in the shapes of the reads.
 
         Raises:

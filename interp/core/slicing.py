@@ -7,7 +7,7 @@ from torch import Tensor
 
 from interp.core.errors import WhereError
 from interp.core.frame import Frame
-from interp.core.place import KEY_SITES
+from interp.core.place import first_column
 from interp.core.site import Site
 from interp.core.where import Where
 
@@ -85,7 +85,7 @@ def _flat(x: Tensor, axes: list[str], site: Site, frame: Frame) -> Tensor:
     where = site.where
     assert where is not None
     axis = axes.index("pos")
-    start = max(0, frame.total - x.shape[axis]) if site.kind in KEY_SITES else frame.offset
+    start = first_column(site, frame, x.shape[axis])
     chosen = where.columns(frame)[:, start : start + x.shape[axis]]
     rows, columns = chosen.nonzero(as_tuple=True)
     moved = x.movedim(axis, 1)
@@ -100,7 +100,7 @@ def _positions(x: Tensor, axes: list[str], site: Site, frame: Frame, rows: Tenso
     per_row = isinstance(where.pos, int) or (isinstance(where.pos, Tensor) and where.pos.ndim == 1)
     if rows is not None:
         return (x.squeeze(axis), [a for a in axes if a != "pos"]) if per_row else (x, axes)
-    start = max(0, frame.total - x.shape[axis]) if site.kind in KEY_SITES else frame.offset
+    start = first_column(site, frame, x.shape[axis])
     columns = where.read_columns(frame) - start
     if bool(((columns < 0) | (columns >= x.shape[axis])).any()):
         raise WhereError(

@@ -70,11 +70,16 @@ class Tokens:
         """Real tokens per row."""
         return self.mask.sum(dim=1)
 
+    @property
+    def trailing_pads(self) -> list[int]:
+        """Pads after each row's last real token: how far right padding on the left would move it."""
+        return [int(row.flip(0).int().argmax()) for row in self.mask]
+
     def left_padded(self, pad_id: int) -> "Tokens":
         """Return the same rows with their pads in front (what generation needs)."""
-        if bool(self.mask[:, -1].all()):
+        shift = self.trailing_pads
+        if not any(shift):
             return self
-        shift = [int(row.flip(0).int().argmax()) for row in self.mask]
         spans = {n: _roll(s, shift) for n, s in self.spans.items()}
         mask = _roll(self.mask, shift)
         ids = _roll(self.ids, shift).masked_fill(~mask, pad_id)

@@ -319,8 +319,7 @@ def _absolute(
             f"position {int(given[row, place])} is outside row {row + frame.row0}, which has {length} tokens "
             f"(0 to {length - 1}, or -1 to -{length})"
         )
-    known = frame.token_columns().gather(1, places.clamp(min=0, max=frame.prompt_length - 1))
-    return torch.where(places < lengths, known, frame.prompt_length + places - lengths)
+    return _to_columns(places, frame, slice(None))
 
 
 def _at(
@@ -335,10 +334,16 @@ def _at(
     made = max(0, frame.total - frame.prompt_length)
     for row, length in enumerate(frame.lengths().tolist()):
         places = torch.tensor(range(length + made)[_of_prompt(value, length)], dtype=torch.long)
-        inside = frame.token_columns()[row, places.clamp(max=frame.prompt_length - 1)]
-        columns = torch.where(places < length, inside, frame.prompt_length + places - length)
+        columns = _to_columns(places[None], frame, slice(row, row + 1))[0]
         chosen[row, columns[columns < frame.total]] = True
     return chosen
+
+
+def _to_columns(places: Int[Tensor, "rows n"], frame: "Frame", rows: slice) -> Int[Tensor, "rows n"]:
+    """The columns of some rows' k-th real tokens: of the prompt first, then of what is generated after it."""
+    lengths = frame.lengths()[rows, None]
+    known = frame.token_columns()[rows].gather(1, places.clamp(min=0, max=frame.prompt_length - 1))
+    return torch.where(places < lengths, known, frame.prompt_length + places - lengths)
 
 
 def _of_prompt(value: slice, length: int) -> slice:
