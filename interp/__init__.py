@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     from interp.core.site import Site
     from interp.core.text import Tokens
     from interp.core.where import Where
+    from interp.data.pairs import PromptPairs
     from interp.data.store import ActivationStore
     from interp.dictionaries.base import SAE
+    from interp.evaluate.pairs import pair_accuracy
     from interp.lens.logit_lens import logit_lens
     from interp.patching.activation import activation_patch
     from interp.probing.induction import induction_scores
@@ -81,8 +83,10 @@ _NAMES_BY_MODULE = {
     "core.site": ("Site",),
     "core.text": ("Tokens",),
     "core.where": ("Where",),
+    "data.pairs": ("PromptPairs",),
     "data.store": ("ActivationStore",),
     "dictionaries.base": ("SAE",),
+    "evaluate.pairs": ("pair_accuracy",),
     "lens.logit_lens": ("logit_lens",),
     "patching.activation": ("activation_patch",),
     "probing.induction": ("induction_scores",),
@@ -109,6 +113,7 @@ __all__ = [
     "ModelError",
     "ModelMap",
     "Project",
+    "PromptPairs",
     "Replace",
     "Result",
     "Rotate",
@@ -126,6 +131,7 @@ __all__ = [
     "induction_scores",
     "logit_diff",
     "logit_lens",
+    "pair_accuracy",
     "show_attention",
     "show_tokens",
 ]

@@ -18,6 +18,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
+    "testbed": Verb("interp.cli.testbed", "the small world and its models: describe, sample, tasks, card, rebuild"),
     "train": Verb("interp.cli.train", "train a sparse dictionary on a site of a model"),
 }
 

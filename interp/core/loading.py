@@ -1,5 +1,7 @@
 """Loading: a name, a folder or a model in memory → a Hugging Face model, its tokenizer and what is known of them."""
 
+import importlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +11,12 @@ import torch
 from torch import nn
 
 from interp.core.errors import ModelError
+from interp.core.resources import resource
 
-__all__ = ["Loaded", "load_model", "skeleton", "to_device", "to_dtype"]
+__all__ = ["PACKAGED", "Loaded", "load_model", "skeleton", "to_device", "to_dtype"]
+
+PACKAGED = {"testbed": "data/testbed", "testbed-llama": "data/testbed-llama"}
+"""Names of the models that come with the library → where they lie."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,8 @@ def _from_pretrained(
 ) -> Loaded:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _check_folder(name)
+    folder = _folder_of(name)
+    own = _know_own_models(folder)
     shared: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         shared["revision"] = revision
@@ -119,9 +126,9 @@ def _from_pretrained(
     if device_map is not None:
         options["device_map"] = device_map
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **shared, **options)
-        if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+        model = AutoModelForCausalLM.from_pretrained(folder, **shared, **options)
+        if tokenizer is None and not (own and not (Path(folder) / "tokenizer_config.json").is_file()):
+            tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
             if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one up for a folder without
                 tokenizer = None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as err:
@@ -134,7 +141,10 @@ def _from_pretrained(
     return Loaded(model.eval(), tokenizer, name, revision or getattr(model.config, "_commit_hash", None))
 
 
-def _check_folder(name: str) -> None:
+def _folder_of(name: str) -> str:
+    """Where transformers finds a model: the folder of a packaged one, else the name itself, checked if it is a path."""
+    if name in PACKAGED:
+        return str(resource(PACKAGED[name]))
     path = Path(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelError(
@@ -143,6 +153,22 @@ def _check_folder(name: str) -> None:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_like_path and not path.is_dir():
         raise ModelError(f"there is no folder {name!r} (looked from {Path.cwd().name}/)")
+    return name
+
+
+def _know_own_models(name: str) -> bool:
+    """Whether a folder is of one of the testbed's nano models, whose classes transformers is then told of.
+
+    Many of them live on ids alone, so that a folder without a tokenizer is as it should be.
+    """
+    try:
+        config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # transformers says what is wrong with it
+    own = isinstance(config, dict) and config.get("model_type") == "interp_nano"
+    if own:
+        importlib.import_module("interp.testbed.nano_model")
+    return own
 
 
 def _cannot_load(name: str, err: Exception) -> str:
@@ -156,7 +182,7 @@ def _cannot_load(name: str, err: Exception) -> str:
     if not Path(name).is_dir():
         return (
             f"{message}. Without network, give a folder instead: HookManager.load('path/to/folder'), made elsewhere by "
-            "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)"
+            "model.save_pretrained(folder) and tokenizer.save_pretrained(folder). Packaged: " + ", ".join(PACKAGED)
         )
     return message
 
@@ -169,9 +195,10 @@ def skeleton(name: str, *, revision: str | None = None, trust_remote_code: bool 
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _check_folder(name)
+    folder = _folder_of(name)
+    _know_own_models(folder)
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, revision=revision or "main", trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as err:

@@ -82,7 +82,8 @@ class HookManager:
         """Load a causal LM and wrap it.
 
         Args:
-            source: a model name, a Hugging Face folder, or a model in memory (which is left as it is).
+            source: a model name, a Hugging Face folder, or a model in memory (which is left as it is). "testbed" and
+                "testbed-llama" come with the library; a folder of such a name is "./testbed".
             tokenizer: for a model in memory; by name, the model's own is loaded.
             map: where the parts of the model are, for a module that TransformerLens has no adapter for.
             revision: branch, tag or commit.
@@ -465,6 +466,9 @@ def _base_of(model: Any) -> nn.Module:
 
 
 def _map_of(model: nn.Module) -> ModelMap:
+    own = getattr(model, "interp_map", None)  # a module that brings its map
+    if callable(own):
+        return own()
     from interp.core.bridge import map_of
 
     if not hasattr(model, "config"):

@@ -22,6 +22,8 @@ from interp.core.run import Run
 from interp.core.site import KINDS, Site
 from interp.core.text import Tokens
 from interp.core.where import Where
+from interp.data.pair_tokens import PairTokens
+from interp.data.pairs import PromptPairs
 
 if TYPE_CHECKING:
     import pandas
@@ -138,10 +140,10 @@ class PatchResult(Result):
 def activation_patch(
     hm: HookManager,
     clean: Any,
-    corrupted: Any,
+    corrupted: Any = None,
     *,
     sites: str | Sequence[Site | str],
-    metric: Callable[[Run], Float[Tensor, " batch"]],
+    metric: Callable[[Run], Float[Tensor, " batch"]] | None = None,
     pos: int | Sequence[int] | None = None,
     progress: bool = True,
 ) -> PatchResult:
@@ -152,10 +154,12 @@ def activation_patch(
 
     Args:
         hm: The model.
-        clean: Prompts whose answer is right; whatever `hm.run` takes.
-        corrupted: As many prompts, each with as many tokens.
+        clean: Prompts whose answer is right; whatever `hm.run` takes. Or `PromptPairs` (or `PairTokens`), which hold
+            both sides.
+        corrupted: As many prompts, each with as many tokens; left out with pairs.
         sites: A kind such as "resid_pre" (every layer), a glob, or sites; all with a head axis or all without.
-        metric: Maps a run to one number per example; it sees the logits of the last token, [batch 1 d_vocab].
+        metric: Maps a run to one number per example; it sees the logits of the last token, [batch 1 d_vocab]. With
+            pairs their logit difference by default.
         pos: Positions from each row's first token, or back from its last. They are the columns of a position grid
             (None takes all); at head sites they are patched together.
         progress: Show a bar on stderr when it is a terminal.
@@ -164,13 +168,14 @@ def activation_patch(
         The metric per cell and example, with both baselines.
 
     Raises:
-        DataError: Prompts of unequal length; both tokenisations are shown.
+        DataError: Prompts of unequal length (both tokenisations are shown), or no corrupted prompts or metric.
         SiteError: Sites with and without heads together.
         ShapeError: A metric that is not one number per example.
 
     Source: Vig et al. (2020); Meng et al. (2022), §2; exchange the prompts for noising.
     """
     chosen = _sites(hm, sites)
+    clean, corrupted, metric = _sides(hm, clean, corrupted, metric)
     clean_tokens, corrupted_tokens = hm.to_tokens(clean), hm.to_tokens(corrupted)
     _check_lengths(hm, clean_tokens, corrupted_tokens)
     source = hm.run(clean_tokens, read=chosen, logits="last")
@@ -201,6 +206,19 @@ def activation_patch(
         corrupted=base,
         unchanged=torch.tensor(unchanged).reshape(shape),
     )
+
+
+def _sides(hm: HookManager, clean: Any, corrupted: Any, metric: Any) -> tuple[Any, Any, Callable[[Run], Tensor]]:
+    """Both sides and the metric, out of pairs where those were given."""
+    if isinstance(clean, PromptPairs | PairTokens):
+        if corrupted is not None:
+            raise DataError("pairs hold their corrupted prompts; give activation_patch(hm, pairs, sites=…)")
+        pairs = clean.tokens(hm) if isinstance(clean, PromptPairs) else clean
+        return pairs.clean, pairs.corrupted, metric or pairs.metric()
+    if corrupted is None or metric is None:
+        lacking = "corrupted prompts" if corrupted is None else "metric"
+        raise DataError(f"no {lacking} given: give clean and corrupted prompts and a metric=…, or PromptPairs alone")
+    return clean, corrupted, metric
 
 
 def _sites(hm: HookManager, sites: str | Sequence[Site | str]) -> list[Site]:

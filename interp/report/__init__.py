@@ -1,7 +1,7 @@
 """Figures, token and attention views, self-contained pages; the only importer of plotly and jinja2."""
 
 from interp.report.attention import attention_view, show_attention
-from interp.report.figures import Axis, bars, heatmap, line
+from interp.report.figures import Axis, bars, curves, heatmap, line
 from interp.report.html import Section, View, page, write_page
 from interp.report.tokens import show_tokens
 
@@ -11,6 +11,7 @@ __all__ = [
     "View",
     "attention_view",
     "bars",
+    "curves",
     "heatmap",
     "line",
     "page",

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from interp.report.html import visible
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-__all__ = ["Axis", "bars", "heatmap", "line", "plain"]
+__all__ = ["Axis", "bars", "curves", "heatmap", "line", "plain"]
 
 # A grey that is legible on white and on near-black: a figure in a notebook does not know its background.
 _INK = "#7b808a"
@@ -26,6 +27,8 @@ _LINES = ["#1f6fc9", "#d9640f", "#2a9d6f", "#a14fb5", "#c9a21f", "#5b6472"]
 _CELL, _CELL_WIDTH, _CELL_TEXT, _MOST_TICKS = 30, 58, 8, 64
 # So many cells with text fit a page; a wider figure scrolls.
 _FITTING = 16
+# Lines of so few points show each of them.
+_FEW_POINTS = 40
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def line(
             x=list(range(n)),
             y=values.detach().float().cpu().tolist(),
             name=plain(name),
-            mode="lines+markers" if n <= 40 else "lines",
+            mode="lines+markers" if n <= _FEW_POINTS else "lines",
             line={"width": 2, "color": colour},
             marker={"size": 5},
         )
@@ -153,6 +156,59 @@ def line(
     figure.update_layout(height=360, showlegend=len(series) > 1, hovermode="x unified")
     figure.update_xaxes(**_ticks(x, n))
     figure.update_yaxes(title={"text": plain(value), "standoff": 10})
+    return figure
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, tuple[Int[Tensor, " _"] | Float[Tensor, " _"], Float[Tensor, " _"]]]],
+    *,
+    x: str = "",
+    title: str = "",
+) -> "plotly.graph_objects.Figure":
+    """Draw named series, each at its own places, in panels that stand below one another over one axis.
+
+    Args:
+        panels: Heading of a panel → name of a series → (places, values); NaN leaves a gap.
+        x: What the places are, with their unit.
+        title: Heading of the figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        DataError: No panel.
+        ShapeError: A series with more places than values, or fewer.
+    """
+    from plotly.subplots import make_subplots
+
+    if not panels:
+        raise DataError("curves() was given no panels; give at least one heading → {name: (places, values)}")
+    for name, (places, values) in ((name, pair) for panel in panels.values() for name, pair in panel.items()):
+        if len(places) != len(values):
+            raise ShapeError(f"series {name!r} has {len(places)} places for {len(values)} values; give one per value")
+    count = len(panels)
+    gap = 64 / (160 * count + 64)
+    headings = [plain(name) for name in panels]
+    figure = make_subplots(rows=count, cols=1, shared_xaxes=True, vertical_spacing=gap / 2, subplot_titles=headings)
+    colours = cycle(_LINES)  # on through the panels: they share one legend
+    for row, panel in enumerate(panels.values(), 1):
+        for name, (places, values) in panel.items():
+            figure.add_scatter(
+                x=places.detach().cpu().tolist(),
+                y=values.detach().double().cpu().tolist(),
+                name=plain(name),
+                mode="lines+markers" if len(places) <= _FEW_POINTS else "lines",
+                line={"width": 2, "color": next(colours)},
+                marker={"size": 5},
+                showlegend=len(panel) > 1,
+                row=row,
+                col=1,
+            )
+    _house(figure, title)
+    figure.update_annotations(font={"size": 12, "color": _INK}, x=0, xanchor="left")
+    beside = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
+    figure.update_layout(height=200 + 160 * count, hovermode="x unified", legend=beside)
+    figure.update_xaxes(title={"text": plain(x) if x else "", "standoff": 10}, row=count, col=1)
     return figure
 
 

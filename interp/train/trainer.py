@@ -1,10 +1,8 @@
 """The loop that fits a dictionary to batches of activations."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -14,18 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from interp.core.errors import DataError, InterpError
+from interp.core.errors import DataError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, Losses
+from interp.train.common import TrainingError, deterministic
 from interp.train.config import TrainOptions
 
 __all__ = ["Training", "TrainingError", "default_lr", "deterministic", "train_dictionary"]
 
 _SAMPLE_TOKENS = 16_384  # what the first weights and the scale are taken from
-
-
-class TrainingError(InterpError, RuntimeError):
-    """A loss that is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -111,30 +106,6 @@ def train_dictionary(
         dictionary.fold_scale(fit.scale)
     dictionary.eval().requires_grad_(False)
     return Training(fit.steps, fit.tokens, stopped, fit.scale, time.perf_counter() - fit.began, fit.last)
-
-
-@contextmanager
-def deterministic(on: bool) -> Iterator[None]:
-    """Use only algorithms that give the same bits every time, inside the block.
-
-    Args:
-        on: False leaves everything as it is.
-    """
-    # A module whose attributes are properties, which type checkers do not see.
-    memory: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    if on:
-        # Without it cuBLAS may not be deterministic, and torch refuses to call it; it has no effect on a CPU.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory before writing it, and filling it costs a pass over every tensor.
-        memory.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        if on:
-            torch.use_deterministic_algorithms(before[0])
-            memory.fill_uninitialized_memory = before[1]
 
 
 class _Fit:

@@ -12,7 +12,19 @@ import pytest
 import torch
 
 from interp.core.errors import DataError, ShapeError
-from interp.report import Axis, Section, View, attention_view, bars, heatmap, line, page, show_tokens, write_page
+from interp.report import (
+    Axis,
+    Section,
+    View,
+    attention_view,
+    bars,
+    curves,
+    heatmap,
+    line,
+    page,
+    show_tokens,
+    write_page,
+)
 from interp.report.html import json_block, visible
 
 HOSTILE = [
@@ -72,6 +84,7 @@ def _pages() -> dict[str, str]:
         heatmap(values.expand(2, -1), rows=Axis(), columns=axis, text=[HOSTILE] * 2, hover=[HOSTILE] * 2),
         line({"</script>": values}, x=axis, title="</script>", value="</script>"),
         bars(values, labels=axis, value="</script>"),
+        curves({"</script>": {"<b>": (values, values)}}, x="</script>", title="</script>"),
     ]
     table = pd.DataFrame({"<th>": HOSTILE})
     return {
@@ -95,7 +108,7 @@ def test_a_page_is_whole_asks_nothing_of_the_network_and_runs_nothing_of_its_dat
         assert not {"src", "href", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
         assert not any(name.startswith("on") for name in attrs), (tag, attrs)
         assert tag not in {"img", "link", "iframe", "object", "embed", "base", "form"}
-    scripts = {"tokens": 0, "attention": 2, "figures": 2 + 2 * 3, "text": 0}[kind]
+    scripts = {"tokens": 0, "attention": 2, "figures": 2 + 2 * 4, "text": 0}[kind]
     assert len(document.all("script")) <= scripts
     assert not any(part.strip() == "alert(1)" for part in document.text.get("script", []))
 
@@ -196,6 +209,19 @@ def test_signed_values_get_colours_centred_on_zero_and_others_start_at_zero() ->
     assert (plain.zmin, plain.zmax) == (0.0, 1.0)
 
 
+def test_curves_stand_at_their_own_places_each_panel_with_its_own_scale() -> None:
+    loss, accuracy = (torch.tensor([1, 2, 30]), torch.tensor([3.0, math.nan, 1.0])), (torch.tensor([30]), torch.ones(1))
+    figure = curves({"<loss>": {"train": loss, "held out": accuracy}, "accuracy": {"all": accuracy}}, x="step")
+    first, second, third = figure.data
+    assert list(first.x) == [1, 2, 30] and math.isnan(first.y[1]) and list(third.x) == [30]
+    assert (first.yaxis, second.yaxis, third.yaxis) == ("y", "y", "y2")
+    # The panels share one axis, named under the last; a legend tells apart what shares a panel, and only that.
+    assert figure.layout.xaxis.matches == "x2" and figure.layout.xaxis2.title.text == "step"
+    assert (first.showlegend, second.showlegend, third.showlegend) == (True, True, False)
+    assert len({trace.line.color for trace in figure.data}) == 3
+    assert [heading.text for heading in figure.layout.annotations] == ["&lt;loss&gt;", "accuracy"]
+
+
 def test_figures_refuse_labels_and_series_that_do_not_fit() -> None:
     with pytest.raises(ShapeError, match="3 labels for 2 values"):
         heatmap(torch.zeros(2, 2), rows=Axis("", ["a", "b", "c"]), columns=Axis())
@@ -205,6 +231,10 @@ def test_figures_refuse_labels_and_series_that_do_not_fit() -> None:
         line({"a": torch.zeros(2), "b": torch.zeros(3)}, x=Axis())
     with pytest.raises(DataError, match="no series"):
         line({}, x=Axis())
+    with pytest.raises(ShapeError, match="'a' has 2 places for 3 values"):
+        curves({"p": {"a": (torch.zeros(2), torch.zeros(3))}})
+    with pytest.raises(DataError, match="no panels"):
+        curves({})
     with pytest.raises(DataError, match="give text, a plotly Figure"):
         page("t", [Section("", 3)])
 

@@ -1,0 +1,1 @@
+"""The small world: text whose truth is known, and the language models that learnt it."""

@@ -1,0 +1,40 @@
+"""What every trainer needs: one error, and algorithms that give the same bits every time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from interp.core.errors import InterpError
+
+__all__ = ["TrainingError", "deterministic"]
+
+
+class TrainingError(InterpError, RuntimeError):
+    """A loss that is no longer a number."""
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Use only algorithms that give the same bits every time, inside the block.
+
+    Args:
+        on: False leaves everything as it is.
+    """
+    # A module whose attributes are properties, which type checkers do not see.
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    if on:
+        # Without it cuBLAS may not be deterministic, and torch refuses to call it; it has no effect on a CPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # Nothing here reads memory before writing it, and filling it costs a pass over every tensor.
+        memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        if on:
+            torch.use_deterministic_algorithms(before[0])
+            memory.fill_uninitialized_memory = before[1]
