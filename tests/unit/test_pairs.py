@@ -264,6 +264,10 @@ def test_an_answer_that_would_change_its_prompts_tokens_is_tokenized_alone_and_t
     pairs = PromptPairs.make("w1 w2", "w1 w3", "w4")  # "w2w4" is one unknown word
     assert pairs.tokens(word_tokenizer()).answers == (((4,),),)
     assert ["so it is tokenized alone: w4" in p.text for p in pairs.problems(word_tokenizer())] == [True]
+    # "capi" is letters, "capital" one token: what follows it must not be read off by counting.
+    long = "tal" + " is the town" * 5
+    (found,) = PromptPairs.make("Paris is the capi", "She is the capi", long).tokens(byte_level()).answers
+    assert found == (tuple(byte_level()(long, add_special_tokens=False).input_ids),)
 
 
 def test_what_is_odd_but_usable_is_said() -> None:
