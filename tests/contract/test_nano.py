@@ -43,7 +43,7 @@ def test_reads_obey_the_laws(name: str) -> None:
     assert laws.batched_as_single(name) <= laws.TOLERANCE
 
 
-@every_nano
+@some_nanos
 def test_edits_obey_the_laws(name: str) -> None:
     assert laws_edits.edits_against_plain(name) <= laws.TOLERANCE
     assert laws_edits.reads_see_edits(name) <= laws.TOLERANCE
@@ -373,6 +373,14 @@ def test_the_slot_keeps_to_eager_attention() -> None:
 def test_absent_sites_say_why(name: str, site: str, message: str) -> None:
     with pytest.raises(InterpError, match=message):
         manager(name).run(tokens(), read=[site])
+
+
+@every_nano
+def test_the_map_holds_the_settings(name: str) -> None:
+    found, want = manager(name).map, GRID[name].resolved()
+    sizes = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_vocab")
+    assert all(getattr(found, size) == want[size] for size in sizes)
+    assert (found.d_mlp, found.rotary) == (want["d_mlp"] or None, want["positions"] == "rotary")
 
 
 def test_a_module_that_brings_its_map_needs_none_given_and_a_given_one_wins() -> None:

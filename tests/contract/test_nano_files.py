@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from interp.core.errors import ArtifactError, ConfigError, ModelError
 from interp.core.manager import HookManager, sites_of
 from interp.testbed.nano import (
+    NanoOptions,
     from_transformer_lens,
     load_nano,
     nano,
@@ -53,6 +54,21 @@ def test_save_and_load_give_the_same_model(name: str, tmp_path: Path) -> None:
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
         assert other.config.to_dict().items() >= GRID[name].resolved().items()
     assert [site.short for site in sites_of(str(tmp_path))] == [site.short for site in manager(name).sites()]
+
+
+def test_config_json_holds_every_setting_so_that_other_defaults_change_no_saved_model(tmp_path: Path) -> None:
+    nano().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert written.items() >= NanoOptions().resolved().items()
+
+
+def test_a_tied_model_has_one_matrix_on_disk_too(tmp_path: Path) -> None:
+    make("NanoTied").save_pretrained(tmp_path)
+    for model in (make("NanoTied"), load_nano(tmp_path), HookManager.load(tmp_path).model):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert HookManager.load(model).weights.tied
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert not HookManager.load(make("NanoGPT")).weights.tied
 
 
 def test_a_folder_with_a_tokenizer_brings_it(tmp_path: Path) -> None:
