@@ -1,15 +1,20 @@
 """Reads prompts of the small world by regular expressions: what is right to say next, and which combination it is.
 
-An oracle beside the generator: it sees the text alone, and knows the lexicon, the calendar and arithmetic. What it knows
-of persons (city, job) it takes from `interp.testbed.world`, which a test holds to what the text says.
+An oracle beside the generator: it sees the text alone, and knows the lexicon, the calendar and arithmetic. What it
+knows of persons (city, job) it takes from `interp.testbed.world`, which a test holds to what the text says.
 """
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import jaxtyping
+
 from interp.testbed import lexicon, world
+from interp.testbed.text import Document, Text
+from interp.testbed.words import Case
 
 FEMALE, MALE = set(lexicon.FEMALE), set(lexicon.MALE)
 NAMES = FEMALE | MALE
@@ -49,6 +54,33 @@ class Reading:
     places: Mapping[str, list[str]] = field(default_factory=dict)
     ends_as: str = ""
     one_in: int = 8
+
+
+@functools.cache
+def drawn(n: int, task: str | None = None, *, held_out: bool = False) -> tuple[Document, ...]:
+    """Documents of the packaged models' training text, or of one task; drawn once for all tests that ask.
+
+    The run-time checker rests meanwhile: it would take most of the time, and smaller draws are made under it.
+    """
+    with _unchecked():
+        return tuple(Text(1, held_out=held_out, tasks=task if task is None else [task]).documents(n))
+
+
+@functools.cache
+def columns(case: Case) -> dict[str, list[int]]:
+    """The labels of a passage's words, by label; BOS and EOS are left out."""
+    with _unchecked():
+        return {name: codes.tolist()[1:-1] for name, codes in Document([case]).labelled().labels.items()}
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    was = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", was)
 
 
 def read(task: str, prompt: str, template: int = 0) -> Reading:
@@ -146,7 +178,7 @@ def value_of(relation: str, subject: str) -> str:
 
 
 def unseen_wording(relation: str, subject: str, held_out: Callable[..., bool]) -> int:
-    """Which wording of a fact is kept out of training: the first of three that its checksum chooses, else the fourth."""
+    """Which wording of a fact is kept out of training: the first of three that a checksum chooses, else the fourth."""
     chosen = [i for i in range(3) if held_out("fact", relation, subject, i, one_in=3)]
     return [*chosen, 3][0]
 
@@ -156,8 +188,8 @@ def _fact(prompt: str, template: int) -> Reading:
     known = NAMES if template < 10 else COUNTRIES.keys()
     subjects = [w for w in words_of(prompt) if w in known]
     assert len(set(subjects)) == 1
-    places = {"subject": subjects}
-    return Reading(_said(value_of(relation, subjects[0])), ("fact", relation, subjects[0], template % 5), places, "value")
+    key = ("fact", relation, subjects[0], template % 5)
+    return Reading(_said(value_of(relation, subjects[0])), key, {"subject": subjects}, "value")
 
 
 def _two_hop(prompt: str, template: int) -> Reading:
@@ -212,7 +244,8 @@ def _choice(prompt: str, template: int) -> Reading:
     a, b = _one(r"Options: A (\w+), B (\w+)\.", prompt)
     if match := re.match(r"Where does (\w+) live\?", prompt):
         asked = match[1]
-        right, key = value_of("city", asked), (asked,)
+        right = value_of("city", asked)
+        key: tuple[str, ...] = (asked,)
     else:
         thing, right, asked = _one(r"The (\w+) is (\w+)\. Which colour is the (\w+)\?", prompt)
         assert thing == asked
@@ -240,7 +273,6 @@ def tables() -> tuple[tuple[str, Mapping[str, str]], ...]:
     verbs = [v for v in lexicon.VERBS if v.base not in {a.base for a in lexicon.ADJECTIVES}]
     adjectives = lexicon.ADJECTIVES
     bases = [[n.singular for n in lexicon.NOUNS], [v.base for v in verbs], [a.base for a in adjectives]]
-    numbers = range(1, 59)
     return (
         ("plural", PLURALS),
         ("category", {n.singular: n.category for n in lexicon.NOUNS}),
@@ -252,8 +284,6 @@ def tables() -> tuple[tuple[str, Mapping[str, str]], ...]:
         ("comparative", {a.base: a.comparative for a in adjectives}),
         *((name, {x: value_of(name, x) for x in COUNTRIES}) for name in ("capital", "language", "continent")),
         *((name, {x: value_of(name, x) for x in NAMES}) for name in ("city", "job")),
-        ("successor", {str(i): str(i + 1) for i in numbers}),
-        ("predecessor", {str(i): str(i - 1) for i in numbers}),
         ("to_english", ENGLISH),
     )
 
@@ -269,7 +299,8 @@ def possible(examples: list[tuple[str, str]], asked: str) -> dict[str, str]:
     inputs = [x for x, _ in examples] + [asked]
     found = {name: table for name, table in tables() if all(x in table for x in inputs)}
     followed = {name: table[asked] for name, table in found.items() if all(table[x] == y for x, y in examples)}
-    return followed | ({"copy": asked} if all(x == y for x, y in examples) else {})
+    copies = all(x == y for x, y in examples) and "antonym" not in found  # adjectives are never copied
+    return followed | ({"copy": asked} if copies else {})
 
 
 def _functions(prompt: str, template: int) -> Reading:

@@ -1,6 +1,6 @@
-"""The residual stream as a sum: of what each sublayer adds, of what each head adds; and the loss per token.
+"""The residual stream as a sum: of what each sublayer adds, of what each head adds; and what it says of tokens.
 
-All work on a `Run` that holds the reads they need; each says which are missing. `Run` has them as methods.
+Those that work on a `Run` need reads that it holds, and say which are missing. `Run` has them as methods.
 
 Source: Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits"; names and order of terms are
 those of TransformerLens' `ActivationCache`.
@@ -8,23 +8,29 @@ those of TransformerLens' `ActivationCache`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from interp.core import metrics
-from interp.core.errors import DataError, SiteError
+from interp.core.errors import DataError, ModelError, ShapeError, SiteError
 from interp.core.run import Run
 from interp.core.site import Site
+
+if TYPE_CHECKING:
+    from interp.core.manager import HookManager
 
 __all__ = [
     "Decomposition",
     "accumulated_resid",
     "decompose_resid",
+    "effect_on_logits",
     "loss_per_token",
     "needed_for_decompose",
     "needed_for_heads",
+    "readout_parts",
     "stack_head_results",
 ]
 
@@ -84,13 +90,8 @@ def decompose_resid(run: Run, layer: int | None = None, *, mid: bool = False) ->
         SiteError: a read is missing (the message lists what to read), or the reads are sliced in different ways.
         DataError: the stream itself was read too and is not the sum, because an edit changed it.
     """
-    n = run.hm.n_layers
     target = _target(run, layer, mid)
-    parts: list[tuple[str, Site]] = []
-    for block in range(n if layer is None else layer):
-        parts += [(f"{block}_attn_out", Site(f"{block}.attn_out")), (f"{block}_mlp_out", Site(f"{block}.mlp_out"))]
-    if mid:
-        parts.append((f"{layer}_attn_out", Site(f"{layer}.attn_out")))
+    parts = [(f"{site.layer}_{site.kind}", site) for site in _writers(run, layer, mid)]
     _require(run, needed_for_decompose(run, layer, mid=mid), "decompose_resid")
     terms = _embedding(run) + [(label, run[site]) for label, site in parts]
     found = _stacked(run, terms, [Site("0.resid_pre"), *(site for _, site in parts)])
@@ -192,6 +193,61 @@ def loss_per_token(run: Run) -> Float[Tensor, "batch next"]:
     return torch.where(counts, losses, torch.nan)
 
 
+def effect_on_logits(hm: "HookManager", directions: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_vocab"]:
+    """Return what directions of the residual stream add to the logits, through the final norm's gain, at σ = 1.
+
+    (direction − its mean, under LayerNorm) ⊙ gain @ W_U × logit scale, minus its mean over the vocabulary; the gain is
+    1 + weight where the family says so. No soft-cap, no bias, no σ: divide by the σ of a run for its logits there.
+
+    Args:
+        hm: the model.
+        directions: directions of any length, d_model last.
+
+    Returns:
+        The effects in fp32, on the unembedding's device.
+
+    Raises:
+        ShapeError: directions of another width.
+        ModelError: the family's unembedding is not linear.
+    """
+    if directions.shape[-1] != hm.d_model:
+        raise ShapeError(
+            f"direction has shape {tuple(directions.shape)}; expected [{hm.d_model}] or [n, {hm.d_model}]: d_model last"
+        )
+    with torch.no_grad():
+        norm, unembed, factor = readout_parts(hm)
+        rows = directions.detach().float().to(unembed.weight.device)
+        if norm is not None:
+            spec = hm.atlas.norm("ln_final")
+            gain = spec.gain(norm)
+            rows = spec.centre(rows)
+            rows = rows if gain is None else rows * gain.float().to(rows.device)
+        logits = torch.nn.functional.linear(rows, unembed.weight.float()) * factor
+        return logits - logits.mean(-1, keepdim=True)
+
+
+def readout_parts(hm: "HookManager") -> tuple[nn.Module | None, nn.Linear, float]:
+    """Return what stands between the residual stream and the logits.
+
+    Args:
+        hm: the model.
+
+    Returns:
+        The final norm, None where the family has none; the unembedding; what its output is multiplied by (Granite,
+        Cohere).
+
+    Raises:
+        ModelError: the family's unembedding is not linear.
+    """
+    unembed = hm.map.module(hm.root, "unembed")
+    if not isinstance(unembed, nn.Linear):
+        what = "no unembedding" if unembed is None else f"a {type(unembed).__name__} for an unembedding"
+        raise ModelError(f"{hm.map.family} has {what}; reading tokens off the residual stream needs a linear one")
+    divisor, factor = getattr(hm.config, "logits_scaling", None), getattr(hm.config, "logit_scale", None)
+    scale = (1.0 / float(divisor) if divisor else 1.0) * (float(factor) if factor else 1.0)
+    return hm.map.module(hm.root, "ln_final"), unembed, scale
+
+
 def needed_for_decompose(run: Run, layer: int | None = None, *, mid: bool = False) -> list[str]:
     """Return the reads that `decompose_resid` needs and a run lacks.
 
@@ -199,10 +255,16 @@ def needed_for_decompose(run: Run, layer: int | None = None, *, mid: bool = Fals
         run: the run.
         layer, mid: as for `decompose_resid`.
     """
+    needed = [Site("0.resid_pre"), *_writers(run, layer, mid)]
+    return [site.short for site in needed if site not in run]
+
+
+def _writers(run: Run, layer: int | None, mid: bool) -> list[Site]:
+    """What each sublayer before a place adds to the stream; attention-only blocks have no MLP that does."""
     n = run.hm.n_layers if layer is None else layer
-    needed = ["0.resid_pre", *(f"{b}.{part}" for b in range(n) for part in ("attn_out", "mlp_out"))]
-    needed += [f"{layer}.attn_out"] if mid else []
-    return [name for name in needed if Site(name) not in run]
+    sites = [Site(f"{block}.{part}") for block in range(n) for part in ("attn_out", "mlp_out")]
+    sites += [Site(f"{layer}.attn_out")] if mid else []
+    return [site for site in sites if run.hm.atlas.has(site)]
 
 
 def needed_for_heads(run: Run, layer: int | None = None) -> list[str]:
@@ -250,8 +312,9 @@ def _require(run: Run, missing: Sequence[str], who: str) -> None:
 def _embedding(run: Run) -> list[tuple[str, Tensor]]:
     """The first term, split into token and position embedding where both were read and it is their sum."""
     start = run["0.resid_pre"]
-    tables = ["embed", "pos_embed"] if run.hm.map.has("pos_embed") else ["embed"]
-    if len(tables) == 1:
+    tables = [name for name in ("embed", "pos_embed") if run.hm.atlas.has(Site(name))]
+    # Positions that are added to queries and keys alone are in the table and not in the stream.
+    if len(tables) == 1 or ("embed" in run and torch.equal(run["embed"], start)):
         return [("embed", start)]
     if all(name in run for name in tables):
         parts = [run[name] for name in tables]

@@ -85,7 +85,8 @@ class HookManager:
             source: a model name, a Hugging Face folder, or a model in memory (which is left as it is). "testbed" and
                 "testbed-llama" come with the library; a folder of such a name is "./testbed".
             tokenizer: for a model in memory; by name, the model's own is loaded.
-            map: where the parts of the model are, for a module that TransformerLens has no adapter for.
+            map: where the parts of the model are, for a module that TransformerLens has no adapter for and that has no
+                method `interp_map()` to say so itself.
             revision: branch, tag or commit.
             dtype: the checkpoint's by default.
             device, device_map: as in transformers; the CPU by default.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from interp.core.decompose import effect_on_logits, readout_parts
 from interp.core.errors import DataError, ModelError, ShapeError, SiteError
 from interp.core.manager import HookManager
 from interp.core.metrics import kl_divergence
@@ -278,22 +279,9 @@ def direction_logits(
         ShapeError: A direction of another width.
         DataError: `top_k` out of range.
     """
-    if direction.shape[-1] != hm.d_model:
-        raise ShapeError(
-            f"direction has shape {tuple(direction.shape)}; expected [{hm.d_model}] or [n, {hm.d_model}]: d_model last"
-        )
     if not 1 <= top_k <= hm.d_vocab:
         raise DataError(f"top_k={top_k}: expected 1 … {hm.d_vocab}, the size of the vocabulary")
-    with torch.no_grad():
-        norm, unembed = _parts(hm)
-        rows = direction.detach().reshape(-1, hm.d_model).float().to(unembed.weight.device)
-        if norm is not None:
-            spec = hm.atlas.norm("ln_final")
-            gain = spec.gain(norm)
-            rows = spec.centre(rows)
-            rows = rows if gain is None else rows * gain.float().to(rows.device)
-        logits = torch.nn.functional.linear(rows, unembed.weight.float()) * _logit_scale(hm)
-        logits = (logits - logits.mean(-1, keepdim=True)).cpu()
+    logits = effect_on_logits(hm, direction).reshape(-1, hm.d_vocab).cpu()
     top, bottom = logits.topk(top_k).indices, (-logits).topk(top_k).indices
     shown = torch.cat([top.reshape(-1), bottom.reshape(-1)]).unique()
     return DirectionLogits(
@@ -317,26 +305,10 @@ def _residual_sites(hm: HookManager, sites: Sequence[Site | str] | None) -> list
     return chosen
 
 
-def _logit_scale(hm: HookManager) -> float:
-    """What the unembedding's output is multiplied by (Granite, Cohere)."""
-    config = hm.config
-    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
-    return (1.0 / float(divisor) if divisor else 1.0) * (float(factor) if factor else 1.0)
-
-
-def _parts(hm: HookManager) -> tuple[nn.Module | None, nn.Linear]:
-    """The final norm, None where the family has none, and the unembedding."""
-    unembed = hm.map.module(hm.root, "unembed")
-    if not isinstance(unembed, nn.Linear):
-        what = "no unembedding" if unembed is None else f"a {type(unembed).__name__} for an unembedding"
-        raise ModelError(f"{hm.map.family} has {what}; the logit lens needs a linear one")
-    return hm.map.module(hm.root, "ln_final"), unembed
-
-
 def _readout(hm: HookManager) -> Callable[[Tensor], Tensor]:
     """The model's own way from the residual stream to logits, through its own modules."""
-    norm, unembed = _parts(hm)
-    scale, cap = _logit_scale(hm), getattr(hm.config, "final_logit_softcapping", None)
+    norm, unembed, scale = readout_parts(hm)
+    cap = getattr(hm.config, "final_logit_softcapping", None)
 
     def decode(resid: Tensor) -> Tensor:
         with torch.no_grad():

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from functools import cache
 
 from interp.testbed import lexicon, world
-from interp.testbed.prose import frames
-from interp.testbed.words import Case, Frame, Task, Word, bare, held_out, until, word
+from interp.testbed.words import Case, Frame, Task, Word, bare, frames, held_out, until, word
 
 __all__ = ["CALENDAR", "CHOICE", "FACT", "TWO_HOP", "VELIC", "YEARS", "facts", "velic"]
 
@@ -209,6 +208,7 @@ _CALENDAR = frames(
     "{n:count} {unit:unit} before {start:start} was {result:!result}.",
     "If it is {start:start} now, then in {n:count} {unit:unit} it will be {result:!result}.",
 )
+_LARGEST_COUNT = 3
 _CYCLES = {"days": lexicon.DAYS, "months": lexicon.MONTHS}
 
 
@@ -216,7 +216,7 @@ def _draw_calendar(draw: random.Random, out: bool) -> Case:
     unit, frame = draw.choice(list(_CYCLES)), draw.choice(_CALENDAR)
     cycle = _CYCLES[unit]
     n, start = until(
-        lambda: (draw.randint(1, len(cycle) - 1), draw.randrange(len(cycle))),
+        lambda: (draw.randint(1, _LARGEST_COUNT), draw.randrange(len(cycle))),
         lambda pair: held_out("calendar", unit, frame.index, *pair) == out,
         "count and start",
     )
@@ -251,7 +251,7 @@ CALENDAR = Task(
     _draw_calendar,
     _corrupt_calendar,
     _CALENDAR,
-    share=6,
+    share=10,
     words=("day", "days", "month", "months"),
 )
 
@@ -388,6 +388,6 @@ CHOICE = Task(
     _draw_choice,
     _corrupt_choice,
     _CHOICE,
-    share=6,
+    share=8,
     words=bare(_LETTERS),
 )

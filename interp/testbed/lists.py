@@ -6,8 +6,7 @@ from functools import cache
 
 from interp.testbed import lexicon, world
 from interp.testbed.knowledge import facts, velic
-from interp.testbed.prose import frames
-from interp.testbed.words import LABELS, Case, Task, Word, held_out, pieces, until, word
+from interp.testbed.words import LABELS, Case, Task, Word, frames, held_out, pieces, until, word
 
 __all__ = ["BRACKETS", "FORMATS", "FUNCTIONS", "functions"]
 
@@ -24,7 +23,6 @@ FORMATS = (
 )
 _FORMAT_WORDS = frames(*(f"{before}{between}{after}{before}" for before, between, after in FORMATS))
 _PAIRS = range(3, 11)  # examples in a list, the question not counted
-_LARGEST = 59
 
 
 @cache
@@ -32,7 +30,7 @@ def functions(domain: str) -> Mapping[str, Mapping[str, Word]]:
     """The functions over one kind of input: name → input → output. Every input has all of its kind's functions.
 
     Args:
-        domain: "noun", "verb", "adjective", "country", "number", "person" or "velic".
+        domain: "noun", "verb", "adjective", "country", "person" or "velic".
     """
     if domain == "noun":
         table = {
@@ -64,15 +62,11 @@ def functions(domain: str) -> Mapping[str, Mapping[str, Word]]:
             relation: {subject: world.plain(value) for subject, value in facts(relation).items()}
             for relation in ("city", "job")
         }
-    elif domain == "number":
-        table = {
-            "successor": {str(i): word(str(i + 1)) for i in range(1, _LARGEST)},
-            "predecessor": {str(i): word(str(i - 1)) for i in range(1, _LARGEST)},
-        }
     else:
         table = {"to_english": {w.text[1:]: world.plain(base) for base, w in _velic_words().items()}}
-    inputs = _inputs(domain, next(iter(table.values())))
-    return {**table, "copy": inputs}
+    # An opposite is an adjective too: beside it, copies would be told apart by comparing every output with its input.
+    copies = {} if domain == "adjective" else {"copy": {x: _input(domain, x) for x in next(iter(table.values()))}}
+    return {**table, **copies}
 
 
 @cache
@@ -80,17 +74,16 @@ def _velic_words() -> Mapping[str, Word]:
     return {base: velic(base) for base in lexicon.velic_words()}
 
 
-def _inputs(domain: str, some: Mapping[str, Word]) -> dict[str, Word]:
+@cache
+def _input(domain: str, x: str) -> Word:
     if domain == "noun":
-        return {x: world.noun(x) for x in some}
-    if domain == "number":
-        return {x: word(x) for x in some}
+        return world.noun(x)
     if domain == "velic":
-        return {w.text[1:]: w for w in _velic_words().values()}
-    return {x: world.name(x) if domain == "person" else world.plain(x) for x in some}
+        return next(w for w in _velic_words().values() if w.text == f" {x}")
+    return world.name(x) if domain == "person" else world.plain(x)
 
 
-_DOMAINS = ("noun", "verb", "adjective", "country", "number", "person", "velic")
+_DOMAINS = ("noun", "verb", "adjective", "country", "person", "velic")
 
 
 def _is_out(function: str, x: str, template: int) -> bool:
@@ -121,7 +114,7 @@ def _functions(domain: str, function: str, template: int, inputs: Sequence[str],
         outputs = {name: table[name][x].text for name in meant}
         y = table[function][x].having({"role": "output", "index": i, "answer": int(len(set(outputs.values())) == 1)})
         meant = [name for name in meant if outputs[name] == y.text]
-        words += [*(before if i else first), table["copy"][x].having({"role": "input", "index": i}), *between]
+        words += [*(before if i else first), _input(domain, x).having({"role": "input", "index": i}), *between]
         answer = len(words)
         shown = shown or answer
         words += [y, *after]

@@ -4,14 +4,9 @@ import random
 from collections.abc import Sequence
 
 from interp.testbed import lexicon, world
-from interp.testbed.words import Case, Frame, Task, Word, bare, held_out, until, word
+from interp.testbed.words import Case, Frame, Task, Word, bare, frames, held_out, until, word
 
-__all__ = ["AGREEMENT", "CHAIN", "IOI", "PRONOUN", "RECALL", "SENTIMENT", "frames"]
-
-
-def frames(*texts: str) -> tuple[Frame, ...]:
-    """Frames, numbered."""
-    return tuple(Frame(text, i) for i, text in enumerate(texts))
+__all__ = ["AGREEMENT", "CHAIN", "IOI", "PRONOUN", "RECALL", "SENTIMENT"]
 
 
 def _topic(topic: str) -> dict[str, int]:
@@ -397,6 +392,6 @@ CHAIN = Task(
     _draw_chain,
     _corrupt_chain,
     _CHAIN,
-    share=5,
+    share=4,
     words=bare(_BOXES),
 )

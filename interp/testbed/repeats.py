@@ -78,7 +78,7 @@ REPEAT = Task(
     _draw_repeat,
     _corrupt_repeat,
     (),
-    share=22,
+    share=16,
     prose=False,
     ask=_draw_words,
 )

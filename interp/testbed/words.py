@@ -19,6 +19,7 @@ __all__ = [
     "Task",
     "Word",
     "bare",
+    "frames",
     "held_out",
     "join",
     "pieces",
@@ -31,14 +32,14 @@ SPECIAL = ("<|bos|>", "<|eos|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|end|
 _PIECE = re.compile(r"<\|[a-z]+\|>| ?[^\W\d_]+| ?\d{1,2}| ?[^\w\s]|\s")
 
 _ROLES = (
-    "word io s1 s2 io2 name pronoun place object subject attractor verb relation value event century start_year "
+    "word io s1 s2 io2 name pronoun place object subject attractor verb value event century start_year "
     "end_year input output separator query key thing opinion reaction option letter preposition unit count start "
     "result source translation ordinal open close random container"
 ).split()
 
 _FUNCTIONS = (
-    "plural category translate copy past gerund third antonym comparative capital language continent successor "
-    "predecessor city job to_english"
+    "plural category translate copy past gerund third antonym comparative capital language continent city "
+    "job to_english"
 ).split()
 
 
@@ -164,6 +165,15 @@ class Frame:
     def literals(self) -> list[str]:
         """The words that stand in the frame itself."""
         return [part.text for part in self._parts if isinstance(part, Word)]
+
+
+def frames(*texts: str) -> tuple[Frame, ...]:
+    """Frames, numbered.
+
+    Args:
+        texts: as for `Frame`.
+    """
+    return tuple(Frame(text, i) for i, text in enumerate(texts))
 
 
 _PLACED: dict[tuple[int, str, bool], tuple[Word, Word]] = {}

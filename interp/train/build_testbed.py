@@ -42,7 +42,7 @@ class ModelShape(BaseModel):
     n_heads: int = Field(default=4, gt=0, description="query heads per layer")
     n_kv_heads: int | None = Field(default=None, gt=0, description="key and value heads per layer; llama only")
     d_mlp: int = Field(default=512, gt=0, description="neurons per layer")
-    ctx: int = Field(default=128, gt=1, description="tokens that the model can take")
+    ctx: int = Field(default=128, ge=128, description="tokens that the model can take; questions need up to 128")
     init_std: float = Field(default=0.06, gt=0, description="standard deviation of the first weights")
 
     @model_validator(mode="after")

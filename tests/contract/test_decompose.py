@@ -246,3 +246,18 @@ def test_a_loss_needs_the_logits_of_every_position() -> None:
         hm.run(tokens(), logits="last").loss_per_token()
     with pytest.raises(DataError, match="no logits"):
         hm.run(tokens(), read=["0.z"]).loss_per_token()
+
+
+@pytest.mark.parametrize("positions", ["learned", "shortformer", "rotary"])
+def test_attention_only_models_decompose_into_embedding_and_attention(positions: str) -> None:
+    from interp.testbed.nano import NanoOptions, nano
+
+    hm = HookManager.load(nano(NanoOptions(d_vocab=30, n_layers=2, d_mlp=0, norm="none", positions=positions)))
+    reads = ["*.attn_out", "0.resid_pre", "1.resid_post", "embed"]
+    out = hm.run(torch.arange(14).reshape(2, 7), read=reads)
+    found = out.decompose_resid()
+    start = "embed+pos_embed" if positions == "learned" else "embed"
+    assert found.labels == [start, "0_attn_out", "1_attn_out"]
+    torch.testing.assert_close(found.terms.sum(0), out["1.resid_post"])
+    with pytest.raises(SiteError, match=r"\*.attn_out"):
+        hm.run(torch.arange(14).reshape(2, 7), read=["0.resid_pre"]).decompose_resid()

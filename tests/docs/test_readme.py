@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 import tests.source as source
 from interp.cli.main import VERBS
 from tests.docs import tables
 
 README = tables.README.read_text(encoding="utf-8")
-CHAT = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
 def blocks(language: str) -> list[str]:
@@ -86,13 +86,9 @@ def test_the_listing_of_the_nouns_runs(session: dict[str, Any]) -> None:
     where = interp.Where(pos=-1, head=1)
     last = hm.run(corrupt, write=[interp.Replace("3.z", clean["3.z"], where=where)], logits="last")
     assert last.logits.shape == (1, 1, hm.d_vocab)
-    hm.tokenizer.chat_template = CHAT
-    try:
-        chat = hm.chat([{"role": "user", "content": "the cat sat"}])
-        steer = interp.Add("2.resid_post", v, scale=4.0, where=interp.Where.generated())
-        assert len(hm.generate(chat, max_new_tokens=3, write=[steer]).text) == 1
-    finally:
-        hm.tokenizer.chat_template = None
+    chat = hm.chat([{"role": "user", "content": "Where does Mary live?"}])
+    steer = interp.Add("2.resid_post", v, scale=4.0, where=interp.Where.generated())
+    assert len(hm.generate(chat, max_new_tokens=3, write=[steer]).text) == 1
 
 
 def test_the_generated_tables_are_the_codes() -> None:
@@ -116,9 +112,13 @@ def test_the_readme_is_short_and_plain() -> None:
 
 @pytest.mark.parametrize("path", sorted((source.REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
+    from interp.train.build_testbed import BuildConfig
     from interp.train.config import TrainConfig
 
     text = path.read_text(encoding="utf-8")
-    opening = [line for line in text.splitlines()[:6] if line.startswith("#")]
-    assert any("interp train" in line for line in opening), "a config opens with the command that runs it"
-    TrainConfig.model_validate(yaml.safe_load(text))
+    opening = "\n".join(line for line in text.splitlines()[:6] if line.startswith("#"))
+    kind: dict[str, type[BaseModel]] = {"interp train": TrainConfig, "interp testbed rebuild": BuildConfig}
+    commands = [command for command in kind if command in opening]
+    assert len(commands) == 1, "a config opens with the command that runs it"
+    assert re.search(r"minute|hour", opening), "and says how long it takes"
+    kind[commands[0]].model_validate(yaml.safe_load(text))

@@ -14,16 +14,17 @@ from interp.core.manager import HookManager
 from interp.core.modelmap import ModelMap
 from interp.core.text import chat_tokens, single_token
 from interp.testbed import lexicon, world
-from interp.testbed.text import TASKS, Document, Text
+from interp.testbed.text import TASKS, Document
 from interp.testbed.tokenizer import build_tokenizer, vocabulary
 from interp.testbed.words import SPECIAL
+from tests.world_reader import drawn
 
 CHAT = [
     {"role": "user", "content": "Where does Mary live?"},
     {"role": "assistant", "content": "Mary lives in Rome."},
     {"role": "user", "content": "What is the job of Tom?"},
 ]
-FOREIGN = ["naïve café", "日本語", "emoji 🙂 here", "Ünïcödé", "xylophone zzyzx", "tab\there", "a  b   c", "\x00\x7f", "don't"]
+FOREIGN = ["naïve café", "日本語", "emoji 🙂 here", "Ünïcödé", "zzyzx", "tab\there", "a  b   c", "\x00\x7f", "don't"]
 
 
 @functools.cache
@@ -34,10 +35,8 @@ def tokenizer() -> Any:
 @functools.cache
 def readable() -> tuple[Document, ...]:
     """Documents of every task from both parts of the split, but for random tokens of the whole vocabulary."""
-    found = [d for d in Text("tokenizer").documents(1800) if d.cases[0].task != "repeat"]
-    for task in TASKS:
-        found += Text("tokenizer", held_out=True, tasks=[task]).documents(50)
-    return tuple(found)
+    training = [d for d in drawn(2000) if d.cases[0].task != "repeat"]
+    return (*training, *(d for task in TASKS for d in drawn(60, task, held_out=True)))
 
 
 class Table(nn.Module):
@@ -56,7 +55,8 @@ class Table(nn.Module):
 def manager(given: Any) -> HookManager:
     paths = {"embed": "emb", "block": "blocks.{layer}", "ln_final": "norm", "unembed": "head"}
     sizes: dict[str, Any] = {"n_layers": 1, "d_model": 2, "n_heads": 1, "n_kv_heads": 1, "d_head": 2, "d_mlp": None}
-    return HookManager.load(Table(), given, map=ModelMap(family="table", d_vocab=len(vocabulary()), paths=paths, **sizes))
+    table = ModelMap(family="table", d_vocab=len(vocabulary()), paths=paths, **sizes)
+    return HookManager.load(Table(), given, map=table)
 
 
 # -- the vocabulary ---------------------------------------------------------------------------------------------------
@@ -93,12 +93,13 @@ def test_a_number_of_four_digits_is_two_tokens_of_two() -> None:
     assert shown == [" 17", "42"]
     for number in range(100):
         assert len(tokenizer()(f" {number}", add_special_tokens=False).input_ids) == 1
-        assert vocabulary()[single_token(tokenizer(), f" 18{number:02d}".replace(" 18", ""))] == f"{number:02d}"
+        year = tokenizer()(f" 18{number:02d}", add_special_tokens=False).input_ids
+        assert [vocabulary()[i] for i in year] == [" 18", f"{number:02d}"]
 
 
 def test_every_token_but_the_pad_occurs_in_training_text() -> None:
     found: set[int] = set()
-    for document in Text(1).documents(3000):
+    for document in (*drawn(2000), *drawn(600, "repeat")):
         found.update(document.ids())
     assert set(range(1321)) - found == {2}
 
@@ -116,7 +117,7 @@ def test_every_word_of_every_passage_is_one_token() -> None:
 
 def test_the_tokens_of_a_document_are_those_of_its_text() -> None:
     documents = readable()
-    assert len(documents) > 2000
+    assert len(documents) > 2400
     assert {case.task for d in documents for case in d.cases} == set(TASKS)
     encoded = tokenizer()([d.text for d in documents]).input_ids
     assert all(d.ids() == [*ids, 1] for d, ids in zip(documents, encoded, strict=True))
