@@ -387,7 +387,7 @@ def _corrupt_chain(case: Case, draw: random.Random) -> Case:
 
 CHAIN = Task(
     "chain",
-    "two links in context: a thing is in a container, the container in a place",
+    "two links in context: the thing named first is in a container, the container in a place",
     "the thing with the place",
     _draw_chain,
     _corrupt_chain,

@@ -275,7 +275,7 @@ def test_random_numbers_of_inside_follow_the_seed_and_those_of_outside_go_on() -
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
-LINES = [
+LINES: list[dict[str, Any]] = [
     {"step": 0, "task.a": 0.0, "other": 7},
     {"step": 5, "tokens": 50, "loss": 2.5, "lr": 0.1, "grad_norm": 1.0},
     {"step": 10, "tokens": 100, "loss": 1.5, "lr": 0.1, "grad_norm": 1.0},

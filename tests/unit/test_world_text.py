@@ -55,8 +55,8 @@ def test_the_text_is_the_one_that_the_packaged_models_learnt() -> None:
     assert hashlib.sha256(json.dumps(vocabulary()).encode()).hexdigest() == GOLDEN_WORDS
 
 
-@pytest.mark.parametrize("salt", ["0", "20250101"])
-def test_the_text_does_not_depend_on_the_order_of_sets(salt: str) -> None:
+def test_the_text_does_not_depend_on_the_order_of_sets() -> None:
+    salt = "7" if os.environ.get("PYTHONHASHSEED") != "7" else "8"
     code = (
         "import hashlib; from interp.testbed.text import Text\n"
         "ids = [i for d in Text(1).documents(120) for i in d.ids()]\n"
