@@ -259,13 +259,16 @@ def test_the_model_and_the_random_numbers_of_the_caller_are_left_in_order() -> N
     torch.manual_seed(3)
     wanted = torch.rand(3)
     torch.manual_seed(3)
-    hm = gpt2(dropout=0.2)
+    hm, handler = gpt2(dropout=0.2), signal.getsignal(signal.SIGINT)
+    with pytest.raises(DataError, match="ended before step 4"):  # in the midst of the steps
+        train_lm(hm, Rows(uniform, n=3), options())
+    assert not hm.model.training
     with pytest.raises(ZeroDivisionError):
         train_lm(hm, Rows(uniform), options(), measures={"bad": lambda hm: 1 / 0})
     assert torch.equal(torch.rand(3), wanted)
     assert not hm.model.training and all(p.grad is None for p in hm.model.parameters())
     assert not torch.are_deterministic_algorithms_enabled()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 # -- what it leaves behind --------------------------------------------------------------------------------------
@@ -366,6 +369,22 @@ def test_a_training_that_was_stopped_by_a_signal_goes_on_to_the_same_bytes(
     assert again.measures["norm"].tolist() == rest.measures["norm"].tolist()
 
 
+def test_a_training_that_was_stopped_before_its_first_step_does_not_measure_it_twice(tmp_path: Path) -> None:
+    def run(out: Path, *, stop: bool = False, resume: bool = False) -> LMTraining:
+        def measure(hm: HookManager) -> float:
+            if stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 0.0
+
+        every = options(steps=2, measure_every=1, checkpoints=(0,))
+        return train_lm(gpt2(), Rows(uniform), every, out=out, measures={"m": measure}, resume=resume)
+
+    run(tmp_path / "whole")
+    assert run(tmp_path / "stopped", stop=True).steps == 0
+    assert run(tmp_path / "stopped", resume=True).measure_steps.tolist() == [0, 1, 2]
+    assert held(tmp_path / "stopped") == held(tmp_path / "whole")
+
+
 def test_the_comparison_of_bytes_sees_dropout_data_and_seed(whole: Path, tmp_path: Path) -> None:
     resumable(tmp_path / "seed", seed=1)
     resumable(tmp_path / "texts", texts=TEXTS[1:])
@@ -381,7 +400,7 @@ class Killed(BaseException):
 class Death:
     """From its `last`-th change of a folder on, the file system does nothing any more, as for a killed process."""
 
-    CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "remove")
+    CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "remove", "chmod", "utime")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.calls, self.last = 0, last
@@ -526,7 +545,7 @@ def test_a_loss_that_is_no_number_stops_training_and_leaves_what_was_saved(tmp_p
         return output * math.nan if next(calls) == 8 else output
 
     hm.model.lm_head.register_forward_hook(poison)
-    run = options(steps=20, log_every=3, checkpoint_every=3, resume_every=3)
+    run = options(steps=20, log_every=20, checkpoint_every=3, resume_every=3)
     with pytest.raises(TrainingError, match=r"NaN or infinite at step 8, with lr 0\.01; what was saved before stays"):
         train_lm(hm, Rows(uniform), run, out=tmp_path / "run")
     assert [step for step, _ in load_checkpoints(tmp_path / "run")] == [3, 6]
