@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from interp.data.store import Batch
 from interp.dictionaries.base import SAE, DictionaryConfig, Losses
+from interp.dictionaries.kernels import Codes, decode_codes, encode_topk
 
 __all__ = ["TopKConfig", "TopKSAE"]
 
 _TINY = 1e-12
+# Up to this many times k_aux dead latents, products over all of them cost less than a gather per entry.
+_FEW = 3
 
 
 class TopKConfig(DictionaryConfig):
@@ -96,16 +98,22 @@ class TopKSAE(SAE):
         x = self._check_input(batch.x)
         target = x if batch.target is None else batch.target.to(x.dtype)
         counts = torch.ones_like(x[:, :1]) if batch.mask is None else batch.mask[:, None].to(x.dtype)
-        pre = self._pre(x)
-        values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
-        values = values.relu()
-        error = (target - self._sum_rows(values, index) - self.b_dec) * counts
+        # Counted on a CPU alone: a GPU would have to wait.
+        count = int(dead.sum()) if dead is not None and dead.device.type == "cpu" else None
+        dead = None if count == 0 else dead
+        few = count is not None and count <= _FEW * self.k_aux
+        codes, revived = self._codes(x, None if few else dead)
+        values = codes.values.relu()
+        error = (target - decode_codes(values, codes, self.W_dec) - self.b_dec) * counts
         mean = (target * counts).sum(0) / counts.sum().clamp_min(1)
         fvu = error.pow(2).sum() / ((target - mean) * counts).pow(2).sum().clamp_min(_TINY)
         active = (values.detach() > 0) & (counts > 0)
         fired = torch.zeros(self.cfg.d_sae, dtype=torch.long, device=x.device)
-        fired.scatter_add_(0, index.flatten(), active.flatten().long())
-        aux = torch.zeros_like(fvu) if dead is None else self._aux(pre, error.detach(), dead, counts)
+        fired.scatter_add_(0, codes.index.flatten(), active.flatten().long())
+        aux = torch.zeros_like(fvu)
+        if dead is not None:
+            guess = self._guess_by_products(x, dead) if revived is None else self._guess_by_entries(revived)
+            aux = self._aux(guess, error.detach(), dead, counts)
         return Losses(
             total=fvu + self.aux_coef * aux,
             fvu=fvu.detach(),
@@ -143,22 +151,43 @@ class TopKSAE(SAE):
         latents = latents.to(self.W_dec.dtype)
         return latents / self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else latents
 
-    def _sum_rows(self, values: Float[Tensor, "token k"], index: Int[Tensor, "token k"]) -> Float[Tensor, "token d_in"]:
-        """Decode a few latents per token. `embedding_bag`, unlike `W_dec[index]`, has the same gradient every time."""
-        rows = self.W_dec
-        if self.cfg.rescale_acts_by_decoder_norm:
-            rows = rows / rows.norm(dim=-1, keepdim=True)
-        return F.embedding_bag(index, rows, per_sample_weights=values, mode="sum")
+    def _codes(self, x: Tensor, dead: Tensor | None) -> tuple[Codes, Codes | None]:
+        """The k largest pre-activations of each token, and the k_aux largest of dead latents."""
+        return encode_topk(
+            x,
+            self.W_enc,
+            self.b_enc,
+            k=self.cfg.k,
+            centre=self.b_dec if self.cfg.apply_b_dec_to_input else None,
+            # What a latent is multiplied with, its decoder row is divided by: the norm matters for the choice alone.
+            scale=self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None,
+            dead=dead,
+            k_dead=self.k_aux,
+        )
 
-    def _aux(self, pre: Tensor, error: Tensor, dead: Tensor, counts: Tensor) -> Tensor:
-        """The error's share that its best dead latents miss; 0 when no latent is dead."""
-        if dead.device.type == "cpu" and not bool(dead.any()):
-            return error.new_zeros(())
-        values, index = pre.masked_fill(~dead, -torch.inf).topk(self.k_aux, dim=-1, sorted=False)
-        values = values.masked_fill(values.isneginf(), 0)
-        # ReLU forwards: a code is never negative. Identity backwards: else nothing would ever lift the most dead ones.
-        values = values + (values.relu() - values).detach()
-        missed = (error - self._sum_rows(values, index)) * counts
+    def _guess_by_entries(self, codes: Codes) -> Tensor:
+        """The error as the best dead latents of each token guess it."""
+        return decode_codes(_revived(codes.values), codes, self.W_dec)
+
+    def _guess_by_products(self, x: Tensor, dead: Tensor) -> Tensor:
+        """The same, by dense products over the dead latents alone."""
+        latents = dead.nonzero()[:, 0]
+        W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
+        pre = (x - self.b_dec if self.cfg.apply_b_dec_to_input else x) @ W_enc + self.b_enc.index_select(0, latents)
+        if len(latents) > self.k_aux:
+            score = pre.detach() * W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
+            best = score.topk(self.k_aux, dim=-1, sorted=False).indices
+            pre = torch.zeros_like(pre).scatter(-1, best, pre.gather(-1, best))
+        return _revived(pre) @ W_dec
+
+    def _aux(self, guess: Tensor, error: Tensor, dead: Tensor, counts: Tensor) -> Tensor:
+        """The error's share that a guess of it misses; 0 when no latent is dead."""
+        missed = (error - guess) * counts
         share = missed.pow(2).sum() / error.pow(2).sum().clamp_min(_TINY)
         # A cut-off instead of a branch: asking the host whether any is dead would make a GPU wait.
         return torch.where(dead.any() & share.isfinite(), share, torch.zeros_like(share))
+
+
+def _revived(pre: Tensor) -> Tensor:
+    # ReLU forwards: a code is never negative. Identity backwards: else nothing would ever lift the most dead ones.
+    return pre + (pre.relu() - pre).detach()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from interp.core.errors import ArtifactError, ShapeError
 from interp.data.store import Batch
@@ -14,7 +15,7 @@ from interp.dictionaries.base import SAE, Dictionary
 from interp.dictionaries.topk import TopKSAE
 
 
-def random_sae(seed: int = 0, d_in: int = 12, d_sae: int = 40, k: int = 4, **settings: bool) -> TopKSAE:
+def random_sae(seed: int = 0, d_in: int = 12, d_sae: int = 40, k: int = 4, **settings: bool | str) -> TopKSAE:
     sae = TopKSAE.from_cfg({"architecture": "topk", "d_in": d_in, "d_sae": d_sae, "k": k, **settings})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -31,6 +32,125 @@ def plain(sae: TopKSAE, x: Tensor) -> Tensor:
         pre = pre * sae.W_dec.norm(dim=1)
     threshold = pre.sort(dim=-1, descending=True).values[..., sae.cfg.k - 1 : sae.cfg.k]
     return torch.where((pre >= threshold) & (pre > 0), pre, torch.zeros_like(pre))
+
+
+def dense_loss(sae: TopKSAE, batch: Batch, dead: Tensor | None) -> Tensor:
+    """The whole loss by matrices over all latents, for autograd; rows outside the mask are left out first."""
+    x, target = batch.x, batch.x if batch.target is None else batch.target
+    if batch.mask is not None:
+        x, target = x[batch.mask], target[batch.mask]
+    pre = (x - sae.b_dec if sae.cfg.apply_b_dec_to_input else x) @ sae.W_enc + sae.b_enc
+    score = pre.detach() * (sae.W_dec.detach().norm(dim=1) if sae.cfg.rescale_acts_by_decoder_norm else 1)
+
+    def largest(score: Tensor, k: int) -> Tensor:
+        return (score >= score.sort(dim=-1, descending=True).values[:, k - 1 : k]) & score.isfinite()
+
+    error = target - (pre * largest(score, sae.cfg.k)).relu() @ sae.W_dec - sae.b_dec
+    fvu = error.pow(2).sum() / (target - target.mean(0)).pow(2).sum()
+    if dead is None or not dead.any():
+        return fvu
+    codes = pre * largest(score.masked_fill(~dead, -math.inf), sae.k_aux)
+    guess = (codes + (codes.relu() - codes).detach()) @ sae.W_dec
+    return fvu + sae.aux_coef * (error.detach() - guess).pow(2).sum() / error.detach().pow(2).sum()
+
+
+def batch_of(kind: str, token: int, d_in: int, dtype: torch.dtype) -> Batch:
+    x = torch.randn(token, d_in, dtype=dtype)
+    target = torch.randn(token, d_in, dtype=dtype) if "target" in kind else None
+    return Batch(x=x, target=target, mask=torch.arange(token) % 3 != 1 if "mask" in kind else None)
+
+
+def step_of(sae: TopKSAE, loss: Tensor) -> dict[str, Tensor]:
+    """The loss, and every gradient as the optimiser sees it."""
+    sae.zero_grad()
+    loss.backward()
+    sae.before_step()
+    found = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+    assert found.keys() == {"W_enc", "W_dec", "b_enc", "b_dec"}
+    return {"loss": loss.detach(), **found}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-12), ("float32", 1e-6)])
+@pytest.mark.parametrize("n_dead", [None, 0, 2, 7, 30, 40])  # 7: dense over the dead; 30: an entry per choice
+@pytest.mark.parametrize("kind", ["plain", "target", "mask and target"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"rescale_acts_by_decoder_norm": True}, {"apply_b_dec_to_input": False}], ids=str
+)
+def test_a_step_is_that_of_the_dense_formula(
+    settings: dict[str, bool], kind: str, n_dead: int | None, dtype: str, bound: float
+) -> None:
+    sae, batch = random_sae(dtype="float64", **settings), batch_of(kind, 96, 12, torch.float64)
+    dead = None if n_dead is None else torch.randperm(40) < n_dead
+    expected = step_of(sae, dense_loss(sae, batch, dead))
+    sae = sae.to(getattr(torch, dtype))
+    found = step_of(sae, sae.loss(cast(batch, sae.W_enc.dtype), dead=dead).total)
+    for name, value in expected.items():
+        assert float((found[name].double() - value).norm()) <= bound * float(value.norm()), name
+
+
+@pytest.mark.parametrize(("token", "k", "unit_norm"), [(2, 4, True), (96, 40, True), (96, 1, False)])
+def test_so_it_is_for_few_tokens_and_for_the_smallest_and_the_largest_k(token: int, k: int, unit_norm: bool) -> None:
+    sae, batch = random_sae(k=k, dtype="float64"), batch_of("plain", token, 12, torch.float64)
+    sae.unit_norm, dead = unit_norm, torch.arange(40) < 25
+    expected = step_of(sae, dense_loss(sae, batch, dead))
+    found = step_of(sae, sae.loss(batch, dead=dead).total)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def cast(batch: Batch, dtype: torch.dtype) -> Batch:
+    return Batch(x=batch.x.to(dtype), target=None if batch.target is None else batch.target.to(dtype), mask=batch.mask)
+
+
+def test_one_token_alone_has_no_variance_and_a_finite_loss() -> None:
+    sae = random_sae()
+    losses = sae.loss(Batch(x=torch.randn(1, 12)), dead=torch.ones(40, dtype=torch.bool))
+    losses.total.backward()
+    assert bool(losses.total.isfinite())
+    assert all(bool(p.grad.isfinite().all()) for p in sae.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("n_dead", [None, 9, 300])
+def test_no_dense_latents_wait_for_the_gradient_and_the_same_step_gives_the_same_bytes(n_dead: int | None) -> None:
+    sae, batch = random_sae(d_in=8, d_sae=400), batch_of("mask", 300, 8, torch.float32)
+    dead = None if n_dead is None else torch.arange(400) < n_dead
+    sizes: list[int] = []
+
+    def kept(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        with saved_tensors_hooks(kept, lambda tensor: tensor):
+            losses = sae.loss(batch, dead=dead)
+        first, second = step_of(sae, losses.total), step_of(sae, sae.loss(batch, dead=dead).total)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    # The weights, and a few entries per token: of 120 000 pre-activations nothing is left.
+    assert max(sizes) <= max(8 * 400, 300 * 3 * sae.k_aux)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_firing_is_counted_in_whole_tokens() -> None:
+    sae, mask = random_sae(), torch.arange(200) % 3 != 1
+    batch = Batch(x=torch.randn(200, 12), mask=mask)
+    with torch.no_grad():
+        sae.b_enc.sub_(4)  # so that some of the largest are negative, and do not fire
+    latents = plain(sae, batch.x) * mask[:, None]
+    losses = sae.loss(batch)
+    assert losses.fired.dtype == torch.long
+    assert torch.equal(losses.fired, torch.bincount(latents.nonzero()[:, 1], minlength=40))
+    assert 0 < int(losses.fired.sum()) < 4 * int(mask.sum())
+
+
+def test_a_gradient_reaches_the_input_where_it_is_wanted() -> None:
+    sae, batch = random_sae(dtype="float64"), batch_of("plain", 20, 12, torch.float64)
+    batch.x.requires_grad_()
+    for dead in (None, torch.arange(40) < 5, torch.arange(40) < 30):
+        (ours,) = torch.autograd.grad(sae.loss(batch, dead=dead).total, batch.x)
+        (expected,) = torch.autograd.grad(dense_loss(sae, batch, dead), batch.x)
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"apply_b_dec_to_input": False}, {"rescale_acts_by_decoder_norm": True}])
