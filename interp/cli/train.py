@@ -1,14 +1,16 @@
-"""`interp train`: a sparse dictionary on a site of a model, with one command."""
+"""`interp train`: a sparse dictionary on a site of a model, with one command that can be stopped and resumed."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from interp.core.errors import ConfigError
+from interp.core.resources import resource
 from interp.train.config import TrainConfig, describe_faults, read_yaml
 
 if TYPE_CHECKING:
@@ -19,11 +21,22 @@ __all__ = ["TrainOptionsLine", "main"]
 _BAD_USAGE, _STOPPED = 2, 143
 
 
+_BUILT_IN = "configs/sae-testbed.yaml"
+
+
 class TrainOptionsLine(TrainConfig):
-    """Train a sparse dictionary on a site of a model; settings on the line go before those of --config."""
+    """Train a sparse dictionary on a site of a model.
+
+    `interp train [CONFIG.yaml] [OPTIONS]`: settings on the line go before those of the file. With neither a file nor
+    --model and --data, the model, text and settings that come with the library are used.
+    """
 
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = Field(
-        default=None, description="YAML file with any of these settings"
+        default=None, description="YAML file with any of these settings; the word --config may be left out"
+    )
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = Field(
+        default=False,
+        description="go on with the run in --out that was stopped or killed, with the settings that it was begun with",
     )
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = Field(
         default=False,
@@ -52,7 +65,10 @@ def main(argv: list[str]) -> int:
         InterpError: The job failed.
     """
     try:
-        line = tyro.cli(TrainOptionsLine, prog="interp train", args=argv, default=_default(_config_file(argv)))
+        path, words = _config_file(argv)
+        if {"--force", "--resume"} <= set(words):
+            return _refuse("--force replaces a run and --resume goes on with it; give one of them")
+        line = tyro.cli(TrainOptionsLine, prog="interp train", args=words, default=_default(path, words))
         cfg = line.settings()
     except ValidationError as err:
         return _refuse(describe_faults(err, TrainConfig))
@@ -60,13 +76,13 @@ def main(argv: list[str]) -> int:
         return _refuse(str(err))
     from interp.train.job import plan_job, train_job
 
-    plan = plan_job(cfg, force=line.force)
+    plan = plan_job(cfg, force=line.force, resume=line.resume)
     if line.dry_run:
         record = {"config": cfg.model_dump(mode="json"), "estimates": plan.to_dict()}
         text = json.dumps(record, indent=1) if line.json_output else f"{cfg.to_yaml()}\n{_estimates(plan)}"
         sys.stdout.write(f"{text}\n")
         return 0
-    report = train_job(cfg, force=line.force, tell=_tell)
+    report = train_job(cfg, force=line.force, resume=line.resume, tell=_tell)
     if line.json_output:
         sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
     elif report.evaluation is not None:
@@ -77,19 +93,46 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _config_file(argv: list[str]) -> str | None:
-    """The value of --config, which decides the defaults that the rest of the line is read with."""
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
-        if word == "--config":
-            return following
-        if word.startswith("--config="):
-            return word.partition("=")[2]
-    return None
+def _config_file(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The config file on a line, with or without --config, and the other words.
+
+    It decides the defaults that the rest is read with, so it must be known before.
+
+    Raises:
+        ConfigError: there are two.
+    """
+    found, others, rest = [], [], iter(argv)
+    flags = {f"--{name}" for name in ("help", "dry-run", "json", "force", "resume")} | _switches(TrainConfig)
+    for word in rest:
+        name, equals, value = word.replace("_", "-").partition("=")
+        if name == "--config":
+            found.append(word.partition("=")[2] if equals else next(rest, ""))
+        elif word.startswith("-"):
+            others.append(word)
+            if not equals and name not in flags and word != "-h" and (value := next(rest, "")):
+                others.append(value)
+        else:
+            found.append(word)
+    if len(found) > 1:
+        raise ConfigError(f"one config file is read, got {' and '.join(found)}; did one of them lack its --option?")
+    return (found[0] if found else None), others
 
 
-def _default(path: str | None) -> TrainOptionsLine:
-    """The settings of a config file; what it leaves out, and the line must give, is marked missing."""
-    given = {} if path is None else read_yaml(path)
+def _switches(config: type[BaseModel], path: str = "") -> set[str]:
+    """The options of a configuration that take no value."""
+    names: set[str] = set()
+    for name, field in config.model_fields.items():
+        word, kind = name.replace("_", "-"), field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names |= _switches(kind, f"{path}{word}.")
+        elif kind is bool:
+            names |= {f"--{path}{word}", f"--{path}no-{word}"}
+    return names
+
+
+def _default(path: str | None, words: list[str]) -> TrainOptionsLine:
+    """The settings that those on the line go before; what they leave out, and the line must give, is marked missing."""
+    given = _given(path, words)
     required = {name for name, field in TrainConfig.model_fields.items() if field.is_required()}
     # A stand-in for what is missing lets the rest be checked; it is never used.
     stand_in = {"model": "-", "site": "0.resid_post", "data": "-", "out": "-"}
@@ -99,13 +142,41 @@ def _default(path: str | None) -> TrainOptionsLine:
     return TrainOptionsLine.model_construct(**values)
 
 
+def _given(path: str | None, words: list[str]) -> dict[str, Any]:
+    """The settings of the config file, or of the run to go on with, or of the packaged one."""
+    if path is not None:
+        return read_yaml(path)
+    on_line = {word.partition("=")[0] for word in words}
+    if on_line & {"-h", "--help"}:
+        return {}
+    built_in = {} if on_line & {"--model", "--data"} else read_yaml(resource(_BUILT_IN))
+    out = _value(words, "--out") or built_in.get("out")
+    if "--resume" in on_line and out is not None:
+        from interp.train.runfolder import RunFolder
+
+        return RunFolder.settings(out)
+    return built_in
+
+
+def _value(words: list[str], option: str) -> str | None:
+    """The value of an option on the line."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
 def _estimates(plan: "Plan") -> str:
     sizes = {"dictionary": plan.dictionary_bytes, "buffer": plan.buffer_bytes, "model": plan.model_bytes}
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sizes.items())
     counts = f"{plan.parameters:,} in the dictionary (d_in {plan.d_in}), {plan.model_parameters:,} in the model"
     return (
         f"tokens      {plan.tokens:,} in {plan.steps:,} steps, lr {plan.lr:.2g}\n"
-        f"parameters  {counts}\nmemory      {memory}"
+        f"latents     {plan.d_sae:,}, of which {plan.k} may be active per token\n"
+        f"parameters  {counts}\nmemory      {memory}\n"
+        f"disk        {plan.checkpoint_bytes / 2**20:,.0f} MiB for a checkpoint, twice that while it is replaced"
     )
 
 
@@ -117,16 +188,20 @@ def _where_to_look(out: Path) -> str:
 
 
 def _stopped(report: "JobReport") -> str:
+    way_on = f"`interp train --resume --out {shlex.quote(str(report.out))}`"
     if not report.training.steps:
-        return f"stopped by {report.signal} before the first step; nothing was trained"
-    return (
-        f"stopped by {report.signal} after {report.training.tokens:,} tokens; the dictionary as far as it was trained "
-        f"is in {report.out}, not measured. Training cannot be resumed"
-    )
+        return f"stopped by {report.signal} before the first step; nothing was trained. {way_on} begins"
+    after = f"stopped by {report.signal} after {report.training.tokens:,} tokens"
+    if not report.training.stopped:
+        return f"{after}, the last ones; the dictionary is in {report.out}, not measured. {way_on} measures it"
+    return f"{after}; {way_on} goes on from there. The dictionary so far is in {report.out}, not measured"
 
 
 def _tell(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
+    from tqdm import tqdm
+
+    # Between the bar's lines, not into one.
+    tqdm.write(message, file=sys.stderr)
 
 
 def _refuse(message: str) -> int:

@@ -1,4 +1,4 @@
-"""What every trainer needs: one error, and algorithms that give the same bits every time."""
+"""What every trainer needs: one error, algorithms that give the same bits every time, random numbers of its own."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 from interp.core.errors import InterpError
 
-__all__ = ["TrainingError", "deterministic"]
+__all__ = ["TrainingError", "deterministic", "own_randomness"]
 
 
 class TrainingError(InterpError, RuntimeError):
@@ -38,3 +38,19 @@ def deterministic(on: bool) -> Iterator[None]:
         if on:
             torch.use_deterministic_algorithms(before[0])
             memory.fill_uninitialized_memory = before[1]
+
+
+@contextmanager
+def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed inside the block; those of outside go on after it as if it had not been.
+
+    Args:
+        device: its generator is set, and the CPU's.
+        seed: any whole number of 64 bits.
+    """
+    devices = [device.index if device.index is not None else 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        for index in devices:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield

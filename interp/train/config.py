@@ -28,17 +28,37 @@ class DictionaryOptions(_Options):
     """The dictionary's architecture and size."""
 
     kind: Literal["topk"] = Field(default="topk", description="architecture")
-    d_sae: int = Field(default=4096, gt=0, description="latents")
-    k: int = Field(default=32, gt=0, description="latents that may be active per token")
+    d_sae: int | None = Field(default=None, gt=0, description="latents; by default 8 · d_in, d_in the site's width")
+    k: int | None = Field(
+        default=None, gt=0, description="latents that may be active per token; by default a quarter of d_in, at most 32"
+    )
     k_aux: int | None = Field(default=None, gt=0, description="dead latents per token in AuxK; by default half of d_in")
     aux_coef: float = Field(default=1 / 32, ge=0, description="weight of AuxK in the loss (no unit)")
     unit_norm: bool = Field(default=True, description="keep decoder rows at norm 1 while training")
 
     @model_validator(mode="after")
     def _k_fits(self) -> "DictionaryOptions":
-        if self.k > self.d_sae:
+        if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
             raise ValueError(f"k is {self.k}, more than the {self.d_sae} latents of d_sae")
         return self
+
+    def sizes(self, d_in: int) -> tuple[int, int]:
+        """The number of latents and of active ones, with the defaults that follow from the site's width.
+
+        Args:
+            d_in: width of the activations.
+
+        Returns:
+            (d_sae, k)
+
+        Raises:
+            ConfigError: more active latents than there are.
+        """
+        d_sae = 8 * d_in if self.d_sae is None else self.d_sae
+        k = min(32, max(1, d_in // 4), d_sae) if self.k is None else self.k
+        if k > d_sae:
+            raise ConfigError(f"dictionary.k is {k}, more than the {d_sae} latents that d_in {d_in} gives; set d_sae")
+        return d_sae, k
 
 
 class TextOptions(_Options):
@@ -82,6 +102,12 @@ class TrainOptions(_Options):
         default=True, description="train on activations scaled to mean norm √d_in (folded when saved)"
     )
     log_every: int = Field(default=50, gt=0, description="steps between two lines of metrics")
+    checkpoint_every: int | None = Field(
+        default=None,
+        ge=0,
+        description="steps between two checkpoints to resume from; by default a tenth of all, at most those of 10M "
+        "tokens; 0 saves one only when stopped",
+    )
     deterministic: bool = Field(default=True, description="same seed, same bytes; slower on a GPU")
 
     @model_validator(mode="after")
@@ -97,6 +123,18 @@ class TrainOptions(_Options):
         """Tokens without firing after which a latent is dead."""
         return min(self.tokens // 10, 10_000_000) if self.dead_after is None else self.dead_after
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps in all, where every batch is a whole one."""
+        return -(-self.tokens // self.batch_size)
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between two checkpoints; 0 for none."""
+        if self.checkpoint_every is not None:
+            return self.checkpoint_every
+        return max(1, min(self.steps // 10, 10_000_000 // self.batch_size))
+
 
 class EvaluationOptions(_Options):
     """How the trained dictionary is measured, on documents that it was not trained on."""
@@ -108,9 +146,11 @@ class EvaluationOptions(_Options):
 class TrainConfig(_Options):
     """Train a sparse dictionary on a site of a model."""
 
-    model: str = Field(description="a folder, or a name on the Hugging Face hub")
+    model: str = Field(description="a folder, testbed or testbed-llama, or a name on the Hugging Face hub")
     site: str = Field(description="where to read, such as blocks.3.hook_resid_post or 3.resid_post")
-    data: str = Field(description="text: a .txt, .md or .jsonl file, a folder of them, or hf://owner/name")
+    data: str = Field(
+        description="text: a .txt, .md or .jsonl file, a folder of them, hf://owner/name, or testbed: the small world's"
+    )
     out: str = Field(description="folder to write; it must not hold anything yet")
     seed: int = Field(default=0, ge=0, description="of the first weights and the shuffling")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default where the model loads")
@@ -127,6 +167,18 @@ class TrainConfig(_Options):
     def _site_parses(cls, value: str) -> str:
         Site(value)
         return value
+
+    def sized(self, d_in: int) -> "TrainConfig":
+        """The same with the dictionary's sizes filled in.
+
+        Args:
+            d_in: width of the site.
+
+        Raises:
+            ConfigError: more active latents than there are.
+        """
+        d_sae, k = self.dictionary.sizes(d_in)
+        return self.model_copy(update={"dictionary": self.dictionary.model_copy(update={"d_sae": d_sae, "k": k})})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "TrainConfig":

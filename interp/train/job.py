@@ -1,33 +1,36 @@
 """The main job: text → tokens → activations → a trained, measured, saved dictionary."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
-from interp.core.errors import ConfigError
+from interp.core.errors import ConfigError, InterpError
 from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.data.documents import Documents, Part
-from interp.data.store import ActivationStore
+from interp.data.store import ActivationStore, StreamState
 from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
+from interp.testbed.text import TASKS, Text
+from interp.train.checkpoint import SavedState, differences, digest
 from interp.train.config import TrainConfig
 from interp.train.runfolder import RunFolder
 from interp.train.signals import StopSignals
-from interp.train.trainer import Training, default_lr, train_dictionary
+from interp.train.trainer import DictionaryFit, Training, default_lr
 
-if TYPE_CHECKING:
-    from interp.dictionaries.base import Dictionary
-
-__all__ = ["JobReport", "Plan", "plan_job", "train_job"]
+__all__ = ["JobReport", "Plan", "WorldTexts", "plan_job", "train_job"]
 
 Status = Literal["finished", "stopped"]
+_STREAM = "stream."
+_SAMPLED = 64  # values of each weight matrix by which a model is known again
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,13 @@ class Plan:
         parameters: of the dictionary.
         model_parameters: of the language model.
         d_in: width of the site.
+        d_sae: latents.
+        k: latents that may be active per token.
         lr: Adam's step size.
         dictionary_bytes: weights, gradients, Adam's two moments, and one batch of pre-activations with its gradient.
         buffer_bytes: the shuffling buffer.
         model_bytes: the language model's weights.
+        checkpoint_bytes: at most, what a state to resume from takes on disk; for a moment there are two.
     """
 
     tokens: int
@@ -51,10 +57,13 @@ class Plan:
     parameters: int
     model_parameters: int
     d_in: int
+    d_sae: int
+    k: int
     lr: float
     dictionary_bytes: int
     buffer_bytes: int
     model_bytes: int
+    checkpoint_bytes: int
 
     def to_dict(self) -> dict[str, int | float]:
         """As plain numbers."""
@@ -83,53 +92,68 @@ class JobReport:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, with the main figures at the top."""
         figures = {} if self.evaluation is None else self.evaluation.scalars()
-        speed = self.training.tokens / max(self.training.seconds, 1e-9)
         record = {"out": str(self.out), "status": self.status, "signal": self.signal, **figures}
-        return {**record, "steps": self.training.steps, "tokens": self.training.tokens, "tokens_per_s": speed}
+        done = self.training
+        return {**record, "steps": done.steps, "tokens": done.tokens, "tokens_per_s": done.tokens_per_s}
 
 
-def plan_job(cfg: TrainConfig, *, force: bool = False) -> Plan:
+def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> Plan:
     """Check a configuration and estimate what the job takes, without loading weights or touching a file.
 
     Args:
         cfg: the configuration.
         force: allow an output folder that holds a run.
+        resume: expect one that holds a run to go on with.
 
     Raises:
         InterpError: the model, site, sizes or output folder do not do.
     """
-    RunFolder.check(cfg.out, force=force)
+    _check_folder(RunFolder(cfg.out), force=force, resume=resume)
     sites = sites_of(cfg.model)
     _, shape = _vector_site(cfg.site, {site: row["shape"] for site, row in zip(sites.sites, sites.rows, strict=True)})
-    d_in, options, d_sae = int(shape[-1]), cfg.train, cfg.dictionary.d_sae
+    d_in, options = int(shape[-1]), cfg.train
+    d_sae, k = cfg.dictionary.sizes(d_in)
     from interp.core.loading import skeleton
 
     weights = sum(p.numel() for p in skeleton(cfg.model).parameters())
     parameters = 2 * d_in * d_sae + d_in + d_sae
     size = 4 if cfg.dtype in (None, "float32") else 2
+    buffer = options.buffer_tokens * (4 * d_in + 16)
+    spare = cfg.text.rows * cfg.text.ctx * (size * d_in + 16)
     return Plan(
         tokens=options.tokens,
-        steps=-(-options.tokens // options.batch_size),
+        steps=options.steps,
         parameters=parameters,
         model_parameters=weights,
         d_in=d_in,
+        d_sae=d_sae,
+        k=k,
         lr=options.lr or default_lr(d_sae),
         dictionary_bytes=16 * parameters + 8 * options.batch_size * d_sae,
-        buffer_bytes=options.buffer_tokens * (4 * d_in + 16),
+        buffer_bytes=buffer,
         model_bytes=weights * size,
+        checkpoint_bytes=12 * parameters + 8 * d_sae + buffer + 16 * options.buffer_tokens + spare,
     )
 
 
 def train_job(
-    cfg: TrainConfig, *, force: bool = False, progress: bool = True, tell: Callable[[str], None] | None = None
+    cfg: TrainConfig,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    progress: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> JobReport:
     """Train a dictionary as configured and write its run folder.
 
-    Ctrl-C or SIGTERM ends the training after the current step: what is there is saved, and says so.
+    Ctrl-C or SIGTERM ends the training after the current step, SIGUSR1 does not; all three save a state to resume from,
+    and so does every `train.checkpoint_every`-th step. A resumed run ends with the same weights, to the bit, as one
+    that was left alone, on the same machine with as many threads.
 
     Args:
         cfg: the configuration.
         force: replace an earlier run in the output folder.
+        resume: go on with the run in it; all settings that decide the outcome must be as they were.
         progress: show a progress bar on stderr.
         tell: called with short messages on what happens.
 
@@ -137,42 +161,222 @@ def train_job(
         The folder, how it ended, and the figures on held-out documents.
 
     Raises:
+        ConfigError: among others, a resume with other settings, weights, text, device or thread count; names them.
         InterpError: something does not do; a folder that was begun has no `cfg.json` and so does not load.
     """
-    say = tell or (lambda message: None)
-    RunFolder.check(cfg.out, force=force)
-    with StopSignals(lambda name: say(f"{name}: stopping after this step, and saving")) as stop:
-        hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
-        site, shape = _vector_site(cfg.site, {s: hm.atlas.shape(s) for s in hm.sites().sites})
-        store = _store(cfg, hm, site)
-        dictionary = _dictionary(cfg, int(shape[-1])).to(hm.device)
-        # Text that cannot be read, or is too little to hold some out, is better known before training than after.
-        next(_tokens(cfg, hm, "held_out").blocks())
-        folder = RunFolder(cfg.out, force=force)
-        folder.config(cfg.to_yaml())
-        record = _record(cfg, hm, store)
+    folder, say = RunFolder(cfg.out), tell or (lambda message: None)
+    _check_folder(folder, force=force, resume=resume)
+    phase = _Phase(say)
+    with StopSignals(phase.stopping, save=phase.saving) as stop:
+        job = _Job(cfg, folder, stop)
+        resumed_at = job.go_on(say) if resume else job.begin(force=force)
+        record = {**job.origin(), "resumed_at_step": resumed_at}
         folder.provenance({**record, "status": "running"})
-        ended: dict[str, Any] = {"status": "failed"}
-        say(f"training {cfg.dictionary.d_sae} latents on {site.name} of {hm.name}: {cfg.train.tokens:,} tokens")
+        d_sae, k = job.dictionary.cfg.d_sae, job.cfg.dictionary.k
+        todo = f"{cfg.train.tokens:,} tokens" + (f", from step {resumed_at:,} on" if resumed_at else "")
+        say(f"training {d_sae:,} latents (k {k}) on {job.site.name} of {job.hm.name}: {todo}")
         try:
-            training = train_dictionary(
-                store.batches(should_stop=stop),
-                dictionary,
-                cfg.train,
-                seed=cfg.seed,
-                log=folder.log,
-                should_stop=stop,
-                progress=progress,
-                name=site.name,
+            training = job.train(progress)
+            phase.trained = True
+            evaluation = None if stop() else job.measured()
+        except BaseException:
+            # What went wrong is to be heard, even if the disk is so full that this cannot be written either.
+            with suppress(InterpError):
+                folder.provenance({**record, "status": "failed", "signal": stop.name})
+            raise
+        ended = {**record, "signal": stop.name, **dataclasses.asdict(training)}
+        if evaluation is None:
+            folder.provenance({**ended, "status": "stopped"})
+            return JobReport(folder.path, "stopped", training, None, stop.name)
+        folder.finish(ended)
+        return JobReport(folder.path, "finished", training, evaluation, stop.name)
+
+
+class WorldTexts:
+    """The small world's training text as documents without end; `data: testbed` stands for it.
+
+    Document `i` is a function of `i` alone. The task whose passages hold random bytes is left out, as bytes do not
+    survive being text.
+
+    Args:
+        start: number of the first document.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self.start = start
+        self._text = Text("dictionary", tasks=[name for name in TASKS if name != "repeat"])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._text.document(i).text for i in count(self.start))
+
+    def skip(self, n: int) -> "WorldTexts":
+        """The same without the first `n`, which are not made."""
+        return WorldTexts(self.start + n)
+
+
+class _Phase:
+    """What a signal means depends on what is being done."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.trained = say, False
+
+    def stopping(self, name: str) -> None:
+        self.say(f"{name}: stopping" + ("" if self.trained else " after this step, and saving"))
+
+    def saving(self, name: str) -> None:
+        done = "the training is done and saved" if self.trained else "saving a checkpoint after this step, and going on"
+        self.say(f"{name}: {done}")
+
+
+class _Job:
+    """Model, text, dictionary and fit of one run, with what ties them to its folder."""
+
+    def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: StopSignals) -> None:
+        self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
+        self.site, shape = _vector_site(cfg.site, {s: self.hm.atlas.shape(s) for s in self.hm.sites().sites})
+        self.cfg, self.folder, self.stop = cfg.sized(int(shape[-1])), folder, stop
+        self.store = _store(self.cfg, self.hm, self.site)
+        self.dictionary = _dictionary(self.cfg, int(shape[-1])).to(self.hm.device)
+        # Text that cannot be read, or is too little to hold some out, is better known before training than after.
+        next(_tokens(cfg, self.hm, "held_out").blocks())
+        self.settings = _settings(self.cfg, self.hm, self.store)
+        self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=self.site.name)
+        self.stream = self.store.batches(should_stop=stop)
+
+    def begin(self, *, force: bool) -> int:
+        """Make the folder of a new run; gives the step that it begins after."""
+        self.folder.begin(self._state(), self.cfg.to_yaml(), force=force)
+        return 0
+
+    def go_on(self, say: Callable[[str], None]) -> int:
+        """Take everything back to how it was at the saved state; gives its step.
+
+        Raises:
+            ConfigError: what decides the outcome is not as it was.
+        """
+        # Of this function alone: the state is as large as the buffer and three dictionaries.
+        saved = self.folder.saved()
+        record = saved.record
+        others = list(differences(record["settings"], self.settings))
+        if others:
+            raise ConfigError(
+                f"the run in {self.folder.path} was begun with other settings: {'; '.join(others)}. Resume with those "
+                "it was begun with, or begin anew in another folder"
             )
-            if training.steps:
-                dictionary.save(folder.path, notes=_notes(cfg, hm, store, training))
-            evaluation = None if stop() else _measured(cfg, hm, dictionary, site, folder, stop=stop)
-            status: Status = "stopped" if evaluation is None else "finished"
-            ended = {"status": status, "signal": stop.name, **dataclasses.asdict(training)}
-        finally:
-            folder.provenance({**record, **ended})
-        return JobReport(folder.path, status, training, evaluation, stop.name)
+        if changed := list(differences(record["versions"], _versions(self.hm))):
+            say(f"resuming with other versions ({'; '.join(changed)}): the bits may differ from those of one run")
+        self.folder.go_on(saved, self.cfg.to_yaml())
+        if record["step"]:
+            self.fit.restore(record["fit"], saved.tensors)
+            self._restore_stream(record["stream"], saved)
+        return int(record["step"])
+
+    def train(self, progress: bool) -> Training:
+        """Take the steps, and write the dictionary as far as it was trained."""
+        self.fit.run(
+            self.stream,
+            log=self.folder.log,
+            save=lambda: self.folder.save_state(self._state()),
+            save_wanted=self.stop.save_wanted,
+            should_stop=self.stop,
+            progress=progress,
+        )
+        training = self.fit.finish()
+        if training.steps:
+            with self.folder.writing():
+                self.dictionary.save(self.folder.path, notes=_notes(self.cfg, self.hm, self.store, training))
+        return training
+
+    def measured(self) -> DictionaryEvaluation | None:
+        """Measure on held-out text; None when a signal came before the end."""
+        cfg, tokens = self.cfg, _tokens(self.cfg, self.hm, "held_out")
+        try:
+            evaluation = evaluate_dictionary(
+                self.hm, self.dictionary, tokens, self.site, max_tokens=cfg.evaluation.tokens, should_stop=self.stop
+            )
+        except KeyboardInterrupt:
+            return None
+        of_training = f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
+        text = cfg.evaluation.data or of_training
+        self.folder.evaluation({**evaluation.scalars(), "text": text, "special_tokens": "left out"})
+        return evaluation
+
+    def origin(self) -> dict[str, Any]:
+        """Where the run comes from, for its record."""
+        provenance = Provenance.of(self.hm, settings=self.cfg.model_dump(mode="json"), seed=self.cfg.seed)
+        store = self.store.describe()
+        threads, device = torch.get_num_threads(), str(self.hm.device)
+        return {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device}
+
+    def _state(self) -> SavedState:
+        """All that the rest of the training depends on; before the first step, how it begins."""
+        fit = self.fit
+        stream, tensors = self._stream_state()
+        record = {
+            "step": fit.steps,
+            "tokens": fit.tokens,
+            "fit": fit.record(),
+            "stream": stream,
+            # Before the first step nothing has been written; a run that this one replaces does not count.
+            "metrics_bytes": self.folder.metrics_bytes() if fit.steps else 0,
+            "settings": self.settings,
+            "versions": _versions(self.hm),
+            "config": self.cfg.model_dump(mode="json"),
+        }
+        return SavedState(record, {**fit.tensors(), **tensors} if fit.steps else {})
+
+    def _stream_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        if self.fit.complete:
+            return {}, {}
+        if self.fit.ahead:
+            # The first weights are drawn from batches beyond this step: all that came so far comes again.
+            return {"skip": self.fit.steps}, {}
+        state = self.stream.state()
+        return state.record, {_STREAM + name: value for name, value in state.tensors.items()}
+
+    def _restore_stream(self, record: dict[str, Any], saved: SavedState) -> None:
+        if "skip" in record:
+            for _ in islice(self.stream, record["skip"]):
+                pass
+        elif record:
+            named = {k.removeprefix(_STREAM): v for k, v in saved.tensors.items() if k.startswith(_STREAM)}
+            self.stream = self.store.batches(should_stop=self.stop, state=StreamState(record, named))
+
+
+def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
+    if force and resume:
+        raise ConfigError("force replaces a run and resume goes on with it: give one of them")
+    if resume:
+        folder.check_resume()
+    else:
+        folder.check(force=force)
+
+
+def _settings(cfg: TrainConfig, hm: HookManager, store: ActivationStore) -> dict[str, Any]:
+    """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
+    free: Any = {"out": True, "device": True, "evaluation": {"tokens"}, "train": {"checkpoint_every"}}
+    block = next(store.tokens.blocks())
+    return {
+        "format": 1,
+        **cfg.model_dump(mode="json", exclude=free),
+        "model_config": Provenance.of(hm).config_hash,
+        "model_weights": digest(*(_sample(p) for p in hm.model.parameters() if not p.is_meta)),
+        "first_tokens": digest(block.ids, block.special),
+        "device": hm.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _sample(values: torch.Tensor) -> torch.Tensor:
+    """A few values, evenly spread."""
+    flat = values.detach().flatten()
+    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
+
+
+def _versions(hm: HookManager) -> dict[str, str]:
+    """What the bits depend on besides the settings."""
+    gpu = {"gpu": torch.cuda.get_device_name(hm.device)} if hm.device.type == "cuda" else {}
+    return {**Provenance.of(hm).versions, **gpu}
 
 
 def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> ActivationStore:
@@ -202,27 +406,12 @@ def _notes(cfg: TrainConfig, hm: HookManager, store: ActivationStore, training: 
     }
 
 
-def _measured(
-    cfg: TrainConfig, hm: HookManager, dictionary: "Dictionary", site: Site, folder: RunFolder, *, stop: StopSignals
-) -> DictionaryEvaluation | None:
-    """Measure on held-out text; None when a signal came before the end."""
-    tokens = _tokens(cfg, hm, "held_out")
-    try:
-        evaluation = evaluate_dictionary(
-            hm, dictionary, tokens, site, max_tokens=cfg.evaluation.tokens, should_stop=stop
-        )
-    except KeyboardInterrupt:
-        return None
-    held_out = cfg.evaluation.data or f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
-    folder.evaluation({**evaluation.scalars(), "text": held_out, "special_tokens": "left out"})
-    return evaluation
-
-
 def _tokens(cfg: TrainConfig, hm: HookManager, part: Part) -> TokenSource:
     own = part == "held_out" and cfg.evaluation.data is not None
     whole: Part = "all" if own or cfg.evaluation.data is not None else part
+    named = cfg.evaluation.data if own else cfg.data
     documents = Documents(
-        cfg.evaluation.data if own else cfg.data,
+        WorldTexts() if named == "testbed" else named,
         field=cfg.text.field,
         split=cfg.text.split,
         part=whole,
@@ -234,8 +423,9 @@ def _tokens(cfg: TrainConfig, hm: HookManager, part: Part) -> TokenSource:
 
 def _dictionary(cfg: TrainConfig, d_in: int) -> TopKSAE:
     options = cfg.dictionary
+    d_sae, k = options.sizes(d_in)
     return TopKSAE(
-        TopKConfig(d_in=d_in, d_sae=options.d_sae, k=options.k),
+        TopKConfig(d_in=d_in, d_sae=d_sae, k=k),
         k_aux=options.k_aux,
         aux_coef=options.aux_coef,
         unit_norm=options.unit_norm,
@@ -250,8 +440,3 @@ def _vector_site(name: str, shapes: dict[Site, Any]) -> tuple[Site, Any]:
     if len(site.axes) != 3:
         raise ConfigError(f"{site.short} has axes {site.axes}; a dictionary reads one vector a token: try 3.resid_post")
     return site, shapes[site]
-
-
-def _record(cfg: TrainConfig, hm: HookManager, store: ActivationStore) -> dict[str, Any]:
-    provenance = dataclasses.asdict(Provenance.of(hm, settings=cfg.model_dump(mode="json"), seed=cfg.seed))
-    return {**provenance, "store": store.describe(), "threads": torch.get_num_threads(), "device": str(hm.device)}

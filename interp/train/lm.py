@@ -16,13 +16,15 @@ from interp.core.errors import ConfigError, DataError, ModelError
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
-from interp.train.common import deterministic
-from interp.train.lm_checkpoint import SPEED, LMFolder, SavedState, load_checkpoints
+from interp.train.checkpoint import SavedState, differences
+from interp.train.common import deterministic, own_randomness
+from interp.train.lm_checkpoint import LMFolder, load_checkpoints
 from interp.train.lm_config import LMOptions
 from interp.train.lm_data import LMBatch, LMData, TextData
-from interp.train.lm_fit import LMFit, checked_batch, own_randomness
+from interp.train.lm_fit import LMFit, checked_batch
 from interp.train.lm_result import LINE_FIELDS, LMTraining, columns
-from interp.train.lm_settings import differences, next_of, settings_of, try_out
+from interp.train.lm_settings import next_of, settings_of, try_out
+from interp.train.runfolder import SPEED
 from interp.train.signals import StopSignals
 
 __all__ = ["LMBatch", "LMData", "LMOptions", "LMTraining", "TextData", "load_checkpoints", "train_lm"]

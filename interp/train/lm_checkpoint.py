@@ -12,40 +12,20 @@ removed only when a later one is there.
 """
 
 import json
-import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from interp.core.errors import ArtifactError
-from interp.core.result import atomic_write
-from interp.train.runfolder import METRICS, append_line, refuse_held, write_json
+from interp.train.checkpoint import SavedState, StateFolder, appear, clear_drafts, step_folders, step_name
+from interp.train.runfolder import METRICS, SPEED, append_line, cut_back, forget_after, refuse_held, write_json
 
 __all__ = ["LMFolder", "SavedState", "load_checkpoints", "step_folders"]
 
-SPEED, PROVENANCE, CHECKPOINTS, FINAL, RESUME = "speed.jsonl", "provenance.json", "checkpoints", "final", "resume"
-_STATE, _TENSORS = "state.json", "state.safetensors"
-_STEP = re.compile(r"step-(\d{8,})")
-_DRAFT = re.compile(r"\.(step-\d+|final|provenance\.json|speed\.jsonl)\..*\.tmp")
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """What a training goes on from.
-
-    Attributes:
-        record: plain JSON: the step, the state of the data, what the run is.
-        tensors: weights, moments and random states by name.
-    """
-
-    record: dict[str, Any]
-    tensors: dict[str, Tensor]
+PROVENANCE, CHECKPOINTS, FINAL = "provenance.json", "checkpoints", "final"
+_HELD = {"step", "tokens", "since", "data", "metrics_bytes", "settings"}
 
 
 class LMFolder:
@@ -57,6 +37,8 @@ class LMFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        anew = "leave resume out to begin a training in an empty folder"
+        self._states = StateFolder(self.path, held=_HELD, anew=anew)
 
     def begin(self, state: SavedState | None) -> None:
         """Make the folder, and first of all in it a state to resume from.
@@ -83,8 +65,7 @@ class LMFolder:
             ArtifactError: the folder holds something, or the path is a file.
         """
         # A run that was killed before its first state was there left nothing else.
-        drafts = self.path.is_dir() and {p.name for p in self.path.iterdir()} == {RESUME}
-        nothing = drafts and not step_folders(self.path / RESUME)
+        nothing = self._states.only_begun()
         refuse_held(self.path, "give resume=True to go on with the training in it", allowed=nothing)
 
     def saved(self) -> SavedState:
@@ -93,19 +74,7 @@ class LMFolder:
         Raises:
             ArtifactError: there is none, or it is damaged.
         """
-        states = step_folders(self.path / RESUME)
-        if not states:
-            missing = "holds no state to resume from" if self.path.is_dir() else "is no folder, so nothing can resume"
-            raise ArtifactError(f"{self.path} {missing}; leave resume out to begin a training in an empty folder")
-        folder = states[-1][1]
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            record = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-            return SavedState(record, load_file(folder / _TENSORS))
-        except (OSError, ValueError, SafetensorError) as err:
-            raise ArtifactError(f"{folder} cannot be read ({err}); begin the training anew in another folder") from err
+        return self._states.latest()
 
     def go_on(self, state: SavedState) -> None:
         """Take the folder back to how it was at a state: later lines and checkpoints go, to be made again.
@@ -117,20 +86,10 @@ class LMFolder:
             ArtifactError: the metrics are shorter than they were.
         """
         step, settings = state.record["step"], state.record["settings"]
-        metrics, size = self.path / METRICS, state.record["metrics_bytes"]
-        if (held := self.metrics_bytes()) < size:
-            raise ArtifactError(
-                f"{metrics} has {held} bytes, fewer than the {size} when the state was saved; restore it"
-            )
-        if held > size:
-            with metrics.open("r+b") as lines:
-                lines.truncate(size)
-        speed = self.path / SPEED
-        if speed.exists():
-            told = [line for line in speed.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            atomic_write(speed, "".join(line for line in told if json.loads(line)["step"] <= step))
+        cut_back(self.path / METRICS, state.record["metrics_bytes"])
+        forget_after(self.path / SPEED, step)
         gone = [path for at, path in step_folders(self.path / CHECKPOINTS) if at > step]
-        gone += [path for at, path in step_folders(self.path / RESUME) if at != step]
+        self._states.keep(step)
         if step < settings["options"]["steps"]:
             gone.append(self.path / FINAL)
         for folder in gone:
@@ -139,11 +98,7 @@ class LMFolder:
 
     def save_state(self, state: SavedState) -> None:
         """Save what the training goes on from; the state before it is removed afterwards."""
-        before = dict(step_folders(self.path / RESUME))
-        if state.record["step"] not in before:
-            _write_state(self.path / RESUME, state)
-            for folder in before.values():
-                shutil.rmtree(folder)
+        self._states.save(state)
 
     def save_model(self, hm: Any, step: int | None = None) -> Path:
         """Save the model and its tokenizer as a Hugging Face folder.
@@ -155,7 +110,7 @@ class LMFolder:
         Returns:
             The folder.
         """
-        place = self.path / FINAL if step is None else self.path / CHECKPOINTS / _name(step)
+        place = self.path / FINAL if step is None else self.path / CHECKPOINTS / step_name(step)
         place.parent.mkdir(exist_ok=True)
 
         def write(draft: Path) -> None:
@@ -164,7 +119,7 @@ class LMFolder:
             if hm.tokenizer is not None:
                 hm.tokenizer.save_pretrained(draft)
 
-        return _appear(place, write)
+        return appear(place, write)
 
     def provenance(self, record: Mapping[str, Any]) -> None:
         """Write, or replace, the record of what the run is and how it ended."""
@@ -175,12 +130,7 @@ class LMFolder:
         append_line(self.path / name, line)
 
     def _clear_drafts(self) -> None:
-        """Remove what a run that was killed had begun to write."""
-        for path in [path for path in self.path.rglob(".*.tmp") if _DRAFT.fullmatch(path.name)]:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        clear_drafts(self.path, (FINAL, PROVENANCE, SPEED))
 
     def lines(self) -> list[dict[str, Any]]:
         """Read the metrics so far."""
@@ -218,27 +168,6 @@ def load_checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     return found
 
 
-def step_folders(folder: Path) -> list[tuple[int, Path]]:
-    """Return the whole `step-…` folders in a folder with their steps, in order; none if it is not there."""
-    held = folder.iterdir() if folder.is_dir() else ()
-    return sorted((int(match[1]), path) for path in held if (match := _STEP.fullmatch(path.name)))
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _write_state(folder: Path, state: SavedState) -> Path:
-    from safetensors.torch import save_file
-
-    def write(draft: Path) -> None:
-        (draft / _STATE).write_text(json.dumps(state.record, indent=1), encoding="utf-8")
-        save_file(state.tensors, draft / _TENSORS)
-
-    folder.mkdir(exist_ok=True)
-    return _appear(folder / _name(state.record["step"]), write)
-
-
 @contextmanager
 def _no_other_bars() -> Iterator[None]:
     """Keep transformers' bar of each file written from tearing up that of the training."""
@@ -251,17 +180,3 @@ def _no_other_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _appear(place: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a folder beside its place and rename it, so that it is there whole or not at all."""
-    draft = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-    draft.mkdir()
-    try:
-        write(draft)
-        if place.is_dir() and any(place.iterdir()):
-            shutil.rmtree(place)
-        draft.rename(place)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return place

@@ -1,7 +1,6 @@
 """One step of a language model's training after the other, and all that the next one depends on."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ from torch.nn import functional as F
 
 from interp.core.errors import DataError, ModelError
 from interp.core.manager import HookManager
-from interp.train.common import TrainingError
+from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
+from interp.train.common import TrainingError, own_randomness
 from interp.train.lm_config import LMOptions, lr_factor
 from interp.train.lm_data import LMBatch
 
 __all__ = ["LMFit", "checked_batch", "logits_of", "next_token_loss", "own_randomness"]
 
 _IGNORED = -100
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class LMFit:
@@ -99,14 +98,7 @@ class LMFit:
     def tensors(self) -> dict[str, Tensor]:
         """Return, on the CPU and by name, weights, buffers, moments, sums and random states."""
         found = {f"weights.{name}": value for name, value in _weights(self.hm).items()}
-        for name, parameter in self.parameters.items():
-            # A parameter that no loss has reached has no moments yet.
-            state = self.optimizer.state.get(parameter, {})
-            found |= {f"{kind}.{name}": state[kind] for kind in _MOMENTS if kind in state}
-        found["sums"] = self.sums
-        found["rng.cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            found["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        found |= moments(self.optimizer, self.parameters) | random_states(self.device) | {"sums": self.sums}
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     def record(self) -> dict[str, int]:
@@ -119,14 +111,9 @@ class LMFit:
         with torch.no_grad():
             for name, value in _weights(self.hm).items():
                 value.copy_(tensors[f"weights.{name}"])
-        for name, parameter in self.parameters.items():
-            kept = {kind: tensors[f"{kind}.{name}"] for kind in _MOMENTS if f"{kind}.{name}" in tensors}
-            if kept:
-                self.optimizer.state[parameter] = {kind: value.to(self.device) for kind, value in kept.items()}
+        restore_moments(self.optimizer, self.parameters, tensors)
         self.sums.copy_(tensors["sums"])
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        restore_random_states(tensors, self.device)
 
 
 def next_token_loss(logits: Float[Tensor, "row pos d_vocab"], batch: LMBatch) -> Float[Tensor, ""]:
@@ -201,22 +188,6 @@ def checked_batch(hm: HookManager, batch: Any, step: int) -> LMBatch:
                 f"{float(weight.min()):g} to {float(weight.max()):g}, with a sum of {float(weight[:, 1:].sum()):g}"
             )
     return LMBatch(ids, weight, positions)
-
-
-@contextmanager
-def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw random numbers from a seed inside the block; those of outside go on after it as if it had not been.
-
-    Args:
-        device: its generator is set, and the CPU's.
-        seed: any whole number of 64 bits.
-    """
-    devices = [device.index if device.index is not None else 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        for index in devices:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
 
 
 def _weights(hm: HookManager) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
 """All that decides the outcome of a language model's training, as plain JSON: what a resume must find unchanged."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,11 +14,13 @@ from interp.core.errors import DataError
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
+from interp.train.checkpoint import digest
+from interp.train.common import own_randomness
 from interp.train.lm_config import LMOptions
 from interp.train.lm_data import LMBatch, LMData
-from interp.train.lm_fit import checked_batch, logits_of, own_randomness
+from interp.train.lm_fit import checked_batch, logits_of
 
-__all__ = ["differences", "next_of", "settings_of", "try_out"]
+__all__ = ["next_of", "settings_of", "try_out"]
 
 
 def next_of(stream: Iterator[Any], step: int) -> tuple[Any, dict[str, Any]] | None:
@@ -94,28 +95,14 @@ def settings_of(
         "options": options.model_dump(mode="json"),
         "seed": seed,
         "data": _plain(data.describe(), "describe() of the data"),
-        "first_batch": _digest(*tensors),
+        "first_batch": digest(*tensors),
         "model": Provenance.of(hm).config_hash,
-        "parameters": _digest(json.dumps(parameters)),
+        "parameters": digest(json.dumps(parameters)),
         "write": [_described(edit) for edit in edits],
         "measures": list(measures),
         "device": hm.device.type,
         "threads": torch.get_num_threads(),
     }
-
-
-def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Name each setting that differs, with both values.
-
-    Args:
-        before, now: what `settings_of` gave.
-        path: of the part that is compared.
-    """
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for name in {**before, **now}:
-            yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
-    elif before != now:
-        yield f"{path} was {before!r}, now {now!r}"
 
 
 def _plain(record: Any, what: str) -> Any:
@@ -134,17 +121,6 @@ def _described(edit: Intervention) -> dict[str, str]:
 
 def _short(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{list(value.shape)} {_digest(value)}"
+        return f"{list(value.shape)} {digest(value)}"
     shown = str(getattr(value, "__qualname__", "")) or repr(value)
     return type(value).__qualname__ if " at 0x" in shown else shown
-
-
-def _digest(*parts: Tensor | str) -> str:
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            total.update(f"{tuple(part.shape)} {part.dtype}".encode())
-            total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(part.encode())
-    return total.hexdigest()[:16]

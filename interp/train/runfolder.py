@@ -1,69 +1,206 @@
-"""The folder of one run: its configuration, where it came from, its metrics, what was trained, its evaluation."""
+"""The folder of one run: its configuration, where it came from, its metrics, what was trained, its evaluation.
+
+    config.yaml           the settings
+    provenance.json       model, data, settings, versions, and how the run ended
+    metrics.jsonl         losses and counts by step: the same bytes for the same run, stopped and resumed or not
+    speed.jsonl           tokens per second by step
+    evaluation.json       figures on held-out text
+    cfg.json, sae_weights.safetensors   the dictionary
+    resume/               a state to resume from, until the run is finished
+
+`cfg.json`, without which nothing loads, is written last by the dictionary itself, and is the first to go when an old
+run is replaced or resumed: so a folder that was not finished does not look whole.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from interp.core.errors import ArtifactError
 from interp.core.result import atomic_write
 from interp.dictionaries.base import CFG, WEIGHTS
+from interp.train.checkpoint import SavedState, StateFolder, clear_drafts
+from interp.train.config import read_yaml
 
-__all__ = ["METRICS", "RunFolder", "append_line", "refuse_held", "write_json"]
+__all__ = [
+    "METRICS",
+    "SPEED",
+    "RunFolder",
+    "append_line",
+    "cut_back",
+    "forget_after",
+    "refuse_held",
+    "write_json",
+]
 
-METRICS = "metrics.jsonl"
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
+_CONFIG, _PROVENANCE, _EVALUATION = "config.yaml", "provenance.json", "evaluation.json"
+# Wall time is no part of what a run must leave alike.
+_TIMED = "tokens_per_s"
 
 
 class RunFolder:
-    """Writes `config.yaml`, `provenance.json`, `metrics.jsonl`, `evaluation.json`; the dictionary's files lie beside.
-
-    `cfg.json`, without which nothing loads, is written last by the dictionary itself, and is the first to go when an
-    old run is replaced: so a folder that was not finished does not look whole.
+    """Writes the folder of one run; see the module's text for what lies where.
 
     Args:
-        path: the folder.
-        force: replace the files of an earlier run; other files are left alone.
-
-    Raises:
-        ArtifactError: the folder holds something and `force` is off, or the path is a file.
+        path: the folder. Nothing is touched before `begin` or `go_on`.
     """
 
-    FILES = (CFG, WEIGHTS, "evaluation.json", METRICS, "provenance.json", "config.yaml")
+    FILES = (CFG, WEIGHTS, _EVALUATION, METRICS, SPEED, _PROVENANCE, _CONFIG)
+    HELD = ("step", "tokens", "fit", "stream", "metrics_bytes", "settings", "versions", "config")
 
-    def __init__(self, path: str | Path, *, force: bool = False) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.check(self.path, force=force)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for name in self.FILES:
-                (self.path / name).unlink(missing_ok=True)
-        except OSError as err:
-            raise ArtifactError(f"{self.path} cannot be written: {err.strerror}; choose another folder") from err
+        self._states = StateFolder(self.path, held=self.HELD, anew="leave --resume out to begin a run")
 
-    @staticmethod
-    def check(path: str | Path, *, force: bool) -> None:
-        """Refuse a path that a run may not be written to; touches nothing.
+    def check(self, *, force: bool = False) -> None:
+        """Refuse a path that a new run may not be written to; touches nothing.
+
+        Args:
+            force: allow an earlier run in it.
 
         Raises:
-            ArtifactError: as for the class.
+            ArtifactError: the folder holds something and `force` is off, or the path is a file.
         """
-        refuse_held(path, "--force to replace the run", allowed=force)
+        way_out = "--force to replace the run"
+        if self._states.steps() and not self._finished():
+            way_out = f"--resume to go on with the run, or {way_out}"
+        refuse_held(self.path, way_out, allowed=force or self._states.only_begun())
+
+    def begin(self, state: SavedState, config: str, *, force: bool = False) -> None:
+        """Make the folder, and first of all in it a state to resume from.
+
+        Args:
+            state: the one before the first step.
+            config: the settings, as YAML.
+            force: replace the files of an earlier run; other files are left alone.
+
+        Raises:
+            ArtifactError: as for `check`, or the folder cannot be written.
+        """
+        self.check(force=force)
+        with self.writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in [name for name in self.FILES if (self.path / name).exists()]:
+                (self.path / name).unlink()
+            self._states.clear()
+            clear_drafts(self.path, self.FILES)
+        self._states.save(state)
+        self.config(config)
+
+    def check_resume(self) -> int:
+        """Return the step after which the run would go on.
+
+        Raises:
+            ArtifactError: there is no state to resume from, or the run is finished.
+        """
+        if self._finished():
+            # A kill may have come between the last record and this.
+            self._states.clear()
+            raise ArtifactError(f"the run in {self.path} is finished; there is nothing to resume")
+        return self._states.check()
+
+    def saved(self) -> SavedState:
+        """Read the state to resume from.
+
+        Raises:
+            ArtifactError: as for `check_resume`, or it is damaged.
+        """
+        self.check_resume()
+        return self._states.latest()
+
+    def go_on(self, state: SavedState, config: str) -> None:
+        """Take the folder back to how it was at a state: what came later goes, to be made again.
+
+        Args:
+            state: what the run goes on from.
+            config: the settings, as YAML; those that do not decide the outcome may have changed.
+
+        Raises:
+            ArtifactError: the metrics are shorter than they were, or the folder cannot be written.
+        """
+        cut_back(self.path / METRICS, state.record["metrics_bytes"])
+        with self.writing():
+            for name in (CFG, WEIGHTS, _EVALUATION):
+                (self.path / name).unlink(missing_ok=True)
+            forget_after(self.path / SPEED, state.record["step"])
+            self._states.keep(state.record["step"])
+            clear_drafts(self.path, self.FILES)
+        self.config(config)
+
+    def save_state(self, state: SavedState) -> None:
+        """Save what the run goes on from; the state before it is removed afterwards.
+
+        Raises:
+            ArtifactError: it cannot be written; says which state is still there.
+        """
+        self._states.save(state)
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write the last record of what the run is, then remove the state to resume from."""
+        self.provenance({**record, "status": "finished"})
+        self._states.clear()
+
+    @staticmethod
+    def settings(path: str | Path) -> dict[str, Any]:
+        """Read the settings of the run in a folder, to resume it.
+
+        Raises:
+            ArtifactError: there is no run.
+            ConfigError: its settings are not YAML.
+        """
+        run = RunFolder(path)
+        if (run.path / _CONFIG).is_file():
+            return read_yaml(run.path / _CONFIG)
+        # It was killed between the two.
+        return dict(run.saved().record["config"])
 
     def config(self, text: str) -> None:
-        """Write the resolved configuration."""
-        atomic_write(self.path / "config.yaml", text)
+        """Write the settings."""
+        with self.writing():
+            atomic_write(self.path / _CONFIG, text)
 
     def provenance(self, record: Mapping[str, Any]) -> None:
         """Write, or replace, the record of what the run is and how it ended."""
-        write_json(self.path / "provenance.json", record)
+        with self.writing():
+            write_json(self.path / _PROVENANCE, record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Write the figures."""
-        write_json(self.path / "evaluation.json", record)
+        with self.writing():
+            write_json(self.path / _EVALUATION, record)
 
     def log(self, line: Mapping[str, int | float]) -> None:
-        """Append a line of metrics."""
-        append_line(self.path / METRICS, line)
+        """Append a line of metrics; how fast it went is a line of its own file."""
+        with self.writing():
+            append_line(self.path / METRICS, {name: value for name, value in line.items() if name != _TIMED})
+            append_line(self.path / SPEED, {name: line[name] for name in ("step", _TIMED) if name in line})
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block, what cannot be written to the folder is an error that says so.
+
+        Raises:
+            ArtifactError: names the folder and the fault.
+        """
+        try:
+            yield
+        except OSError as err:
+            fault = err.strerror or str(err)
+            raise ArtifactError(f"{self.path} cannot be written: {fault}; make room, or choose another folder") from err
+
+    def metrics_bytes(self) -> int:
+        """The size of the metrics so far."""
+        return _size(self.path / METRICS)
+
+    def _finished(self) -> bool:
+        try:
+            record = json.loads((self.path / _PROVENANCE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(record, dict) and record.get("status") == "finished"
 
 
 def refuse_held(path: str | Path, way_out: str, *, allowed: bool = False) -> None:
@@ -95,3 +232,36 @@ def append_line(path: Path, line: Mapping[str, Any]) -> None:
     """Append one JSON object as a line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(dict(line)) + "\n")
+
+
+def cut_back(path: Path, size: int) -> None:
+    """Cut a file of lines back to the size that it had.
+
+    Args:
+        path: the file; one of no bytes may be missing.
+        size: in bytes.
+
+    Raises:
+        ArtifactError: it is shorter than that.
+    """
+    if (held := _size(path)) < size:
+        raise ArtifactError(f"{path} has {held} bytes, fewer than the {size} when the state was saved; restore it")
+    if held > size:
+        with path.open("r+b") as lines:
+            lines.truncate(size)
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Remove the lines of later steps from a file of JSON lines, and a last line that a kill cut off.
+
+    Args:
+        path: the file, which may be missing.
+        step: the last one whose lines stay.
+    """
+    if path.exists():
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        atomic_write(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

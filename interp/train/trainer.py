@@ -1,10 +1,9 @@
-"""The loop that fits a dictionary to batches of activations."""
+"""The loop that fits a dictionary to batches of activations, and all that its next step depends on."""
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -15,12 +14,15 @@ from tqdm import tqdm
 from interp.core.errors import DataError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, Losses
-from interp.train.common import TrainingError, deterministic
+from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
+from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
 
-__all__ = ["Training", "TrainingError", "default_lr", "deterministic", "train_dictionary"]
+__all__ = ["DictionaryFit", "Training", "TrainingError", "default_lr", "deterministic", "train_dictionary"]
 
 _SAMPLE_TOKENS = 16_384  # what the first weights and the scale are taken from
+
+_Log = Callable[[dict[str, int | float]], None]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,9 @@ class Training:
         tokens: tokens seen.
         stopped: True when it was asked to stop before its end.
         scale: what activations were multiplied by while training; folded into the weights.
-        seconds: wall time of the loop.
+        seconds: wall time since the fit was made.
         last: the last line of metrics.
+        resumed_at: tokens that an earlier fit, from which this one went on, had seen.
     """
 
     steps: int
@@ -42,6 +45,12 @@ class Training:
     scale: float
     seconds: float
     last: dict[str, int | float]
+    resumed_at: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens seen by this fit alone, per second of it."""
+        return (self.tokens - self.resumed_at) / max(self.seconds, 1e-9)
 
 
 def default_lr(d_sae: int) -> float:
@@ -58,7 +67,7 @@ def train_dictionary(
     options: TrainOptions,
     *,
     seed: int = 0,
-    log: Callable[[dict[str, int | float]], None] | None = None,
+    log: _Log | None = None,
     should_stop: Callable[[], bool] | None = None,
     progress: bool = True,
     name: str = "",
@@ -67,13 +76,13 @@ def train_dictionary(
 
     Nothing is copied to the host but one line of metrics every `options.log_every` steps; that is also when a loss that
     is not finite is noticed. With the same batches, seed and thread count, the weights are the same to the bit (on a
-    GPU only with `options.deterministic`).
+    GPU only with `options.deterministic`). `interp.train.job.train_job` saves checkpoints and resumes.
 
     Args:
         batches: activations; the fit ends after `options.tokens` tokens, or earlier when there are no more.
         dictionary: an untrained dictionary on its device; its first weights are drawn here.
         options: how to fit.
-        seed: of the first weights.
+        seed: of the first weights, and of what the loss may draw.
         log: called with each line of metrics: step, tokens, fvu, l0, aux, dead (shares), lr, tokens_per_s.
         should_stop: asked before each step; when it says True, the fit ends there and `stopped` is set.
         progress: show a progress bar on stderr.
@@ -86,64 +95,174 @@ def train_dictionary(
         DataError: no batch came.
         TrainingError: the loss is not finite; the message names the step and the site.
     """
-    with deterministic(options.deterministic):
-        fit = _Fit(dictionary, options, name)
-        asked = should_stop or (lambda: False)
-        stream = fit.start(iter(batches), seed, asked)
-        bar = tqdm(total=options.tokens, unit="tok", unit_scale=True, desc=name, file=sys.stderr, disable=not progress)
-        with bar:
-            for batch in stream:
-                if asked():
-                    break
-                fit.step(batch)
-                bar.update(len(batch.x))
-                if fit.steps % options.log_every == 0:
-                    fit.report(log, bar)
-                if fit.tokens >= options.tokens:
-                    break
-            fit.report(log, bar)
-        stopped = fit.tokens < options.tokens and asked()
-        dictionary.fold_scale(fit.scale)
-    dictionary.eval().requires_grad_(False)
-    return Training(fit.steps, fit.tokens, stopped, fit.scale, time.perf_counter() - fit.began, fit.last)
+    fit = DictionaryFit(dictionary, options, seed=seed, name=name)
+    fit.run(batches, log=log, should_stop=should_stop, progress=progress)
+    return fit.finish()
 
 
-class _Fit:
-    """The state of one fit: optimiser, counters, and sums since the last report, all on the dictionary's device."""
+class DictionaryFit:
+    """One fit: optimiser, counters, and sums since the last report, all on the dictionary's device.
 
-    def __init__(self, dictionary: Dictionary, options: TrainOptions, name: str) -> None:
+    Args:
+        dictionary: an untrained dictionary on its device; its weights are drawn, or restored, here.
+        options: how to fit.
+        seed: of the first weights, and of what the loss may draw.
+        name: of the site, for the bar and for errors.
+    """
+
+    def __init__(self, dictionary: Dictionary, options: TrainOptions, *, seed: int = 0, name: str = "") -> None:
         self.dictionary, self.options = dictionary.train().requires_grad_(True), options
-        self.site = name or "the site"
+        self.seed, self.name = seed, name
         self.device = dictionary.W_enc.device
         d_sae = dictionary.cfg.d_sae
         self.lr = default_lr(d_sae) if options.lr is None else options.lr
         self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=self.lr, fused=True)
-        self.steps, self.tokens, self.scale = 0, 0, 1.0
+        self.steps, self.tokens, self.scale, self.lr_now = 0, 0, 1.0, 0.0
         self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
         self.sums = torch.zeros(3, device=self.device)
         self.reported = 0
         self.last: dict[str, int | float] = {}
         self.began = self.marked = time.perf_counter()
-        self.marked_tokens = 0
+        self.resumed_at = self.marked_tokens = 0
+        self._ahead: list[Batch] = []
+        self._random: dict[str, Tensor] = {}
+        self._stopped = False
 
-    def start(self, batches: Iterator[Batch], seed: int, asked: Callable[[], bool]) -> Iterator[Batch]:
-        """Draw scale and first weights from the first batches; return all batches, those included."""
-        first: list[Batch] = []
-        while sum(len(b.x) for b in first) < _SAMPLE_TOKENS and (batch := next(batches, None)) is not None:
-            first.append(batch)
-        if not first and asked():
-            return batches
-        if not first:
+    @property
+    def site(self) -> str:
+        """The site's name for messages."""
+        return self.name or "the site"
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens have been seen."""
+        return self.tokens >= self.options.tokens
+
+    @property
+    def ahead(self) -> int:
+        """Batches that were taken for the first weights and have not been trained on yet."""
+        return len(self._ahead)
+
+    def run(
+        self,
+        batches: Iterable[Batch],
+        *,
+        log: _Log | None = None,
+        save: Callable[[], None] | None = None,
+        save_wanted: Callable[[], bool] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Take steps until all tokens have been seen, the batches end, or it is asked to stop.
+
+        Args:
+            batches: activations; after `restore`, those that follow the step it went back to.
+            log: called with each line of metrics.
+            save: called after every `options.checkpoint_steps` steps and at the end, to save what `record` and
+                `tensors` give; never when a loss was not finite.
+            save_wanted: asked after each step whether to call `save` besides.
+            should_stop: asked before each step.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            DataError: no batch came.
+            TrainingError: the loss is not finite.
+        """
+        asked, wanted, stream = should_stop or _never, save_wanted or _never, iter(batches)
+        bar = tqdm(
+            total=self.options.tokens,
+            initial=min(self.tokens, self.options.tokens),
+            unit="tok",
+            unit_scale=True,
+            desc=self.name,
+            file=sys.stderr,
+            disable=not progress,
+        )
+        with deterministic(self.options.deterministic), own_randomness(self.device, self.seed), bar:
+            if self._random:
+                restore_random_states(self._random, self.device)
+            if not self.steps:
+                self._begin(stream, asked)
+            while not (self.complete or asked()) and (batch := self._next(stream)) is not None:
+                self.step(batch)
+                bar.update(len(batch.x))
+                if self.steps % self.options.log_every == 0:
+                    self.report(log, bar)
+                # The end is saved below.
+                if save is not None and not self.complete and (self._due() or wanted()):
+                    self.check()
+                    save()
+            self.check()
+            if save is not None:
+                save()
+            self.report(log, bar)
+            self._stopped = not self.complete and asked()
+
+    def finish(self) -> Training:
+        """Fold the input scale and say what the fit came to; after it, the dictionary is of raw activations."""
+        self.dictionary.fold_scale(self.scale)
+        self.dictionary.eval().requires_grad_(False)
+        return Training(
+            steps=self.steps,
+            tokens=self.tokens,
+            stopped=self._stopped,
+            scale=self.scale,
+            seconds=time.perf_counter() - self.began,
+            last=self.last,
+            resumed_at=self.resumed_at,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the counters as plain JSON."""
+        names = ("steps", "tokens", "scale", "lr_now", "reported", "last")
+        return {name: getattr(self, name) for name in names}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return, on the CPU and by name, unfolded weights, moments, sums and random states.
+
+        They take 12 bytes a parameter and 8 a latent.
+        """
+        found = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
+        found |= moments(self.optimizer, dict(self.dictionary.named_parameters())) | random_states(self.device)
+        found |= {"sums": self.sums, "last_fired": self.last_fired}
+        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+    @torch.no_grad()
+    def restore(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go back to what `record` and `tensors` gave; names and shapes are those of this dictionary."""
+        self.steps, self.tokens, self.reported = (int(record[name]) for name in ("steps", "tokens", "reported"))
+        self.scale, self.lr_now, self.last = float(record["scale"]), float(record["lr_now"]), dict(record["last"])
+        self.resumed_at = self.marked_tokens = self.tokens
+        for name, value in self.dictionary.state_dict().items():
+            value.copy_(tensors[f"weights.{name}"])
+        restore_moments(self.optimizer, dict(self.dictionary.named_parameters()), tensors)
+        self.sums.copy_(tensors["sums"])
+        self.last_fired.copy_(tensors["last_fired"])
+        self._random = {name: value for name, value in tensors.items() if name.startswith("rng.")}
+
+    def _begin(self, batches: Iterator[Batch], asked: Callable[[], bool]) -> None:
+        """Draw scale and first weights from the first batches, which are trained on afterwards."""
+        while sum(len(b.x) for b in self._ahead) < _SAMPLE_TOKENS and (batch := next(batches, None)) is not None:
+            self._ahead.append(batch)
+        if not self._ahead and asked():
+            return
+        if not self._ahead:
             raise DataError(f"no batch of activations came for {self.site}; its text has no tokens that count")
-        sample = torch.cat([_counted(b) for b in first]).to(self.device, torch.float32)
+        sample = torch.cat([_counted(b) for b in self._ahead]).to(self.device, torch.float32)
         if self.options.normalize:
             norm = float(sample.norm(dim=-1).double().mean())
             if not 0 < norm < float("inf"):
                 raise TrainingError(f"activations at {self.site} have mean norm {norm}; they cannot be scaled")
             self.scale = sample.shape[1] ** 0.5 / norm
-        self.dictionary.init_from(sample * self.scale, seed=seed)
-        return chain(first, batches)
+        self.dictionary.init_from(sample * self.scale, seed=self.seed)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        return self._ahead.pop(0) if self._ahead else next(batches, None)
+
+    def _due(self) -> bool:
+        every = self.options.checkpoint_steps
+        return every > 0 and self.steps % every == 0
 
     def step(self, batch: Batch) -> None:
         """One optimiser step."""
@@ -153,25 +272,36 @@ class _Fit:
         losses.total.backward()
         self.dictionary.before_step()
         torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.options.grad_clip)
+        self.lr_now = self.lr * self._schedule()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self._schedule()
+            group["lr"] = self.lr_now
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.dictionary.after_step()
         self._count(losses, len(x))
 
-    def report(self, log: Callable[[dict[str, int | float]], None] | None, bar: "tqdm[Any]") -> None:
+    def check(self) -> None:
+        """Refuse to go on from a loss that is not finite.
+
+        Raises:
+            TrainingError: names the first step that had one, and the site.
+        """
+        if (bad := int(self.first_bad)) >= 0:
+            raise TrainingError(
+                f"the loss became NaN or infinite at step {bad + 1} on {self.site}, with lr {self.lr:g}; nothing was "
+                "saved after it. Lower lr and begin anew, or look for activations that are not finite"
+            )
+
+    def report(self, log: _Log | None, bar: "tqdm[Any]") -> None:
         """Read the sums since the last report, stop if a loss was not finite, and say how it goes."""
         n = self.steps - self.reported
         if n == 0:
             return
         dead = torch.zeros((), device=self.device) if (mask := self._dead()) is None else mask.float().mean()
+        # One copy to the host for all of them.
         *values, bad = torch.stack([*(self.sums / n), dead, self.first_bad.float()]).tolist()
         if bad >= 0:
-            raise TrainingError(
-                f"the loss became NaN or infinite at step {int(bad) + 1} on {self.site}, with lr "
-                f"{self.lr:g}; nothing was saved. Lower lr, or look for activations that are not finite"
-            )
+            self.check()
         now = time.perf_counter()
         speed = (self.tokens - self.marked_tokens) / max(now - self.marked, 1e-9)
         fvu, aux, l0, dead_share = values
@@ -182,7 +312,7 @@ class _Fit:
             "l0": l0,
             "aux": aux,
             "dead": dead_share,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.lr_now,
             "tokens_per_s": speed,
         }
         self.reported, self.marked, self.marked_tokens = self.steps, now, self.tokens
@@ -211,6 +341,10 @@ class _Fit:
         self.sums += torch.stack([losses.fvu.float(), losses.aux.float(), losses.l0.float()])
         self.steps, self.tokens = self.steps + 1, self.tokens + n
         self.last_fired = torch.where(losses.fired > 0, self.tokens, self.last_fired)
+
+
+def _never() -> bool:
+    return False
 
 
 def _counted(batch: Batch) -> Float[Tensor, "token d_in"]:

@@ -80,6 +80,14 @@ def test_bad_options_of_a_verb_are_bad_usage(capsys: pytest.CaptureFixture[str])
     assert not capsys.readouterr().out
 
 
+def test_training_says_how_it_is_stopped_and_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    shown = capsys.readouterr()
+    said = " ".join(shown.out.replace("│", " ").split())
+    assert all(word in said for word in ("[CONFIG.yaml]", "--config FILE", "--resume", "--train.checkpoint-every"))
+    assert "go on with the run in --out that was stopped or killed" in said and not shown.err
+
+
 def test_sites_lists_a_model_from_its_config_alone(capsys: pytest.CaptureFixture[str], config_folder: Path) -> None:
     assert cli.main(["sites", str(config_folder), "--pattern", "*.resid_post", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

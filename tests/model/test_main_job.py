@@ -16,11 +16,17 @@ from torch import Tensor
 import interp
 from interp.cli.main import main
 from interp.core.errors import ConfigError, DataError
+from interp.core.resources import resource
 from interp.data.documents import Documents
-from interp.data.store import ActivationStore
+from interp.data.store import ActivationStore, Batch
 from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.dictionary import evaluate_dictionary
+from interp.testbed.text import TASKS, Text
+from interp.testbed.tokenizer import build_tokenizer
+from interp.train.config import TrainConfig
+from interp.train.job import WorldTexts
+from interp.train.trainer import DictionaryFit
 from tests.families import make, manager, word_tokenizer
 
 SITE = "1.resid_post"
@@ -279,6 +285,7 @@ def test_one_command_leaves_a_run_that_loads_and_says_where_to_look(
         "config.yaml",
         "provenance.json",
         "metrics.jsonl",
+        "speed.jsonl",
         "evaluation.json",
     }
     assert {p.name for p in out.iterdir()} == names
@@ -299,9 +306,12 @@ def test_one_command_leaves_a_run_that_loads_and_says_where_to_look(
     assert provenance["store"]["special_tokens"] == "left out"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert all("tokens_per_s" not in line for line in lines)
+    speeds = [json.loads(line) for line in (out / "speed.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in speeds] == [line["step"] for line in lines] and speeds[0]["tokens_per_s"] > 0
     # The configuration that the run left is one that runs: with it, the same bytes come out.
     second = tmp_path / "second"
-    assert main(["train", "--config", str(out / "config.yaml"), "--out", str(second), "--json"]) == 0
+    assert main(["train", "--json", str(out / "config.yaml"), "--out", str(second)]) == 0
     record = json.loads(capfd.readouterr().out)
     assert record["status"] == "finished" and record["ce_recovered"] == figures["ce_recovered"]
     assert {"ce_recovered", "fvu", "l0", "dead", "tokens_per_s"} <= record.keys()
@@ -327,7 +337,11 @@ def test_a_dry_run_estimates_and_writes_nothing(
     assert record["estimates"]["parameters"] == 2 * 32 * 64 + 32 + 64
     assert record["estimates"]["model_parameters"] == sum(p.numel() for p in model.parameters())
     assert record["estimates"]["steps"] == 40
+    assert record["estimates"]["checkpoint_bytes"] == 12 * 4192 + 8 * 64 + 500 * (4 * 32 + 32) + 32 * 16 * (4 * 32 + 16)
     assert record["config"]["dictionary"]["d_sae"] == 64 and not out.exists()
+    without = [word for word in job if word not in ("--dictionary.d-sae", "64", "--dictionary.k", "4")]
+    assert main([*without, "--out", str(out), "--dry-run"]) == 0
+    assert "256, of which 8 may be active per token" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -337,6 +351,10 @@ def test_a_dry_run_estimates_and_writes_nothing(
         (["--dictionary.k", "65"], "k is 65, more than the 64 latents"),
         (["--site", "1.residpost"], "did you mean 'resid_post'"),
         (["--config", "nothing.yaml"], "no config file nothing.yaml"),
+        (["nothing.yaml"], "no config file nothing.yaml"),
+        (["--train.no-normalize", "nothing.yaml"], "no config file nothing.yaml"),
+        (["a.yaml", "--config=b.yaml"], "one config file is read, got a.yaml and b.yaml"),
+        (["--force", "--resume"], "give one of them"),
     ],
 )
 def test_bad_usage_exits_with_2_and_says_what_is_wrong(
@@ -380,7 +398,7 @@ def test_a_signal_saves_what_was_trained_and_says_so(
     threading.Thread(target=send, daemon=True).start()
     assert main([*job, "--out", str(out), "--train.tokens", "100000000", "--json"]) == 143
     printed = capfd.readouterr()
-    assert f"stopped by {number.name}" in printed.err and "cannot be resumed" in printed.err
+    assert f"stopped by {number.name}" in printed.err and f"interp train --resume --out {out}" in printed.err
     record = json.loads(printed.out)
     assert record["status"] == "stopped" and 0 < record["tokens"] < 100000000
     assert json.loads((out / "provenance.json").read_text())["status"] == "stopped"
@@ -403,4 +421,73 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_trained(
     # A buffer that takes far longer to fill than the signal takes to arrive.
     assert main([*job, "--out", str(out), "--train.buffer-tokens", "50000000", "--train.tokens", "100000000"]) == 143
     assert "before the first step; nothing was trained" in capfd.readouterr().err
-    assert {p.name for p in out.iterdir()} == {"config.yaml", "provenance.json"}
+    assert {p.name for p in out.iterdir()} == {"config.yaml", "provenance.json", "resume"}
+
+
+def test_the_command_goes_on_with_a_run_that_was_stopped(
+    job: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out, plain = tmp_path / "whole", tmp_path / "stopped", DictionaryFit.step
+
+    def stopping(self: DictionaryFit, batch: Batch) -> None:
+        plain(self, batch)
+        if self.steps == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert main([*job, "--out", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(DictionaryFit, "step", stopping)
+        assert main([*job, "--out", str(out)]) == 143
+    # The folder may have moved; what it was begun with is in it.
+    moved = out.rename(tmp_path / "moved")
+    capfd.readouterr()
+    assert main(["train", "--resume", "--out", str(moved), "--train.lr", "1e-3"]) == 1
+    assert "train.lr was None, now 0.001" in capfd.readouterr().err
+    assert main([*job, "--out", str(moved)]) == 1
+    assert "--resume to go on with the run" in capfd.readouterr().err
+    assert main(["train", "--resume", "--out", str(moved), "--dry-run"]) == 0
+    capfd.readouterr()
+    assert main([*job, "--resume", "--out", str(moved), "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert record["status"] == "finished" and record["tokens"] == 4000
+    for name in ("sae_weights.safetensors", "metrics.jsonl", "evaluation.json"):
+        assert (moved / name).read_bytes() == (whole / name).read_bytes()
+    assert main(["train", "--resume", "--out", str(moved)]) == 1
+    assert "is finished; there is nothing to resume" in capfd.readouterr().err
+
+
+# -- what comes with the library ----------------------------------------------------------------------------------
+
+
+def test_without_a_word_the_packaged_model_text_and_settings_are_taken(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    packaged = TrainConfig.from_yaml(resource("configs/sae-testbed.yaml"))
+    assert main(["train", "--dry-run", "--json"]) == 0
+    assert TrainConfig.model_validate(json.loads(capfd.readouterr().out)["config"]) == packaged
+    assert packaged.model == packaged.data == "testbed" and not list(tmp_path.iterdir())
+    small = {"train.tokens": 2048, "train.batch-size": 512, "train.buffer-tokens": 1024}
+    small |= {"evaluation.tokens": 512, "text.hold-out-every": 2}
+    words = [word for name, value in small.items() for word in (f"--{name}", str(value))]
+    assert main(["train", *words, "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["out"] == packaged.out
+    sae = interp.SAE.load(packaged.out)
+    assert sae.cfg.metadata["model_name"] == "testbed" and sae.cfg.metadata["dataset_path"] == "testbed"
+
+
+def test_a_model_or_text_of_ones_own_needs_the_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for word in ("--model", "--data"):
+        assert main(["train", word, "mine", "--out", str(tmp_path / "run")]) == 2
+        assert "equired" in capfd.readouterr().err
+
+
+def test_the_small_worlds_documents_are_text_that_the_tokenizer_gives_back() -> None:
+    tokenizer, texts = build_tokenizer(), WorldTexts()
+    given = list(itertools.islice(texts, 60))
+    same = Text("dictionary", tasks=[name for name in TASKS if name != "repeat"])
+    for i, text in enumerate(given):
+        assert tokenizer(text)["input_ids"] == same.document(i).ids()[:-1]
+    assert list(itertools.islice(texts.skip(20).skip(7), 5)) == given[27:32]
+    held_out = [index for index, _ in itertools.islice(Documents(texts, part="held_out").read(30), 3)]
+    assert held_out == [39, 59, 79]

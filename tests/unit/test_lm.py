@@ -165,7 +165,14 @@ def test_text_that_is_not_repeated_ends_and_empty_text_is_refused() -> None:
 
 
 def state(step: int, metrics_bytes: int = 0) -> SavedState:
-    record = {"step": step, "metrics_bytes": metrics_bytes, "settings": {"options": {"steps": 100}}}
+    record = {
+        "step": step,
+        "tokens": 0,
+        "since": 0,
+        "data": None,
+        "metrics_bytes": metrics_bytes,
+        "settings": {"options": {"steps": 100}},
+    }
     return SavedState(record, {"x": torch.full((3,), float(step))})
 
 
@@ -233,6 +240,7 @@ def test_a_folder_that_holds_something_is_refused_and_so_is_one_without_a_state(
     [
         lambda folder: (folder / "state.json").write_text("{"),
         lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / "state.json").write_text('{"step": 3}'),
         lambda folder: (folder / "state.safetensors").write_bytes(b"xx"),
     ],
 )

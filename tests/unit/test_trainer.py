@@ -1,4 +1,4 @@
-"""The trainer on planted activations, and everything around it: configuration, run folder, signals."""
+"""The trainer on planted activations, going on from a state, signals, and configuration."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from interp.core.errors import ArtifactError, ConfigError, DataError
+from interp.core.errors import ConfigError, DataError
 from interp.data.store import Batch
+from interp.dictionaries.base import Losses
 from interp.dictionaries.topk import TopKConfig, TopKSAE
-from interp.train.config import TrainConfig, TrainOptions, describe_faults
-from interp.train.runfolder import RunFolder
+from interp.train.config import DictionaryOptions, TrainConfig, TrainOptions, describe_faults
 from interp.train.signals import StopSignals
-from interp.train.trainer import TrainingError, default_lr, deterministic, train_dictionary
+from interp.train.trainer import DictionaryFit, TrainingError, default_lr, deterministic, train_dictionary
 
 D, ATOMS, ACTIVE, BATCH = 32, 64, 3, 512
 
@@ -169,6 +170,138 @@ def test_determinism_is_restored_after_the_block_even_by_an_error() -> None:
     assert torch.are_deterministic_algorithms_enabled() == before
 
 
+# -- going on from a state ----------------------------------------------------------------------------------------
+
+
+class Drawing(TopKSAE):
+    """A TopK SAE whose loss draws random numbers, with latents that start too low to fire."""
+
+    def init_from(self, x: Tensor, *, seed: int) -> None:
+        super().init_from(x, seed=seed)
+        with torch.no_grad():
+            self.b_enc[: self.cfg.d_sae // 2] -= 4.0
+
+    def loss(self, batch: Batch, *, dead: Tensor | None = None) -> Losses:
+        noise = 0.01 * torch.randn(batch.x.shape)
+        return super().loss(Batch(x=batch.x + noise, mask=batch.mask), dead=dead)
+
+
+def drawing() -> Drawing:
+    return Drawing(TopKConfig(d_in=D, d_sae=ATOMS, k=ACTIVE))
+
+
+STEPS = 50
+FIT = {"tokens": STEPS * BATCH - 100, "dead_after": 5 * BATCH, "log_every": 7, "checkpoint_every": 1}
+
+
+def ends(fit: DictionaryFit, lines: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    fit.finish()
+    timeless = [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return dict(fit.dictionary.state_dict()), timeless
+
+
+def test_a_fit_that_goes_on_from_any_step_ends_with_the_same_bits_and_metrics() -> None:
+    batches = list(itertools.islice(planted()[1], STEPS))
+    lines: list[dict[str, Any]] = []
+    saved: dict[int, tuple[str, dict[str, Tensor], int, int]] = {}
+    fit = DictionaryFit(drawing(), options(**FIT), seed=5)
+
+    def save() -> None:
+        tensors = {name: value.clone() for name, value in fit.tensors().items()}
+        saved[fit.steps] = json.dumps(fit.record()), tensors, len(lines), fit.ahead
+
+    fit.run(batches, log=lines.append, save=save, progress=False)
+    weights, metrics = ends(fit, lines)
+    assert sorted(saved) == list(range(1, STEPS + 1)) and fit.steps == STEPS
+    assert [line["step"] for line in metrics] == [7, 14, 21, 28, 35, 42, 49, 50]
+    # The first weights come from 16,384 tokens, so that 32 batches are taken before the first step.
+    assert {step: ahead for step, (*_, ahead) in saved.items() if ahead} == {s: 32 - s for s in range(1, 32)}
+    assert max(line["dead"] for line in metrics) > 0.2 and any(line["aux"] > 0 for line in metrics)
+    for step in (1, 6, 7, 20, 31, 32, 40, 49, 50):
+        record, tensors, told, _ = saved[step]
+        torch.manual_seed(step)
+        again = DictionaryFit(drawing(), options(**FIT), seed=5)
+        again.restore(json.loads(record), tensors)
+        more = lines[:told]
+        again.run(batches[step:], log=more.append, progress=False)
+        found, told_again = ends(again, more)
+        assert all(torch.equal(found[name], weights[name]) for name in weights), f"from step {step}"
+        assert told_again == metrics, f"from step {step}"
+        assert again.resumed_at == step * BATCH
+
+
+@pytest.mark.parametrize(
+    "left_out", ["weights.W_dec", "exp_avg.W_enc", "exp_avg_sq.b_enc", "sums", "last_fired", "rng.cpu"]
+)
+def test_everything_in_a_state_counts(left_out: str) -> None:
+    batches = list(itertools.islice(planted()[1], STEPS))
+    lines: list[dict[str, Any]] = []
+    states: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
+    fit = DictionaryFit(drawing(), options(**{**FIT, "checkpoint_every": 24}))
+    fit.run(
+        batches,
+        log=lines.append,
+        save=lambda: states.append((fit.record(), {k: v.clone() for k, v in fit.tensors().items()})),
+        progress=False,
+    )
+    whole = ends(fit, lines)
+    record, tensors = states[0]
+    tensors[left_out] = torch.get_rng_state() if left_out == "rng.cpu" else torch.zeros_like(tensors[left_out])
+    more = [line for line in lines if line["step"] <= 24]
+    again = DictionaryFit(drawing(), options(**FIT))
+    again.restore(record, tensors)
+    again.run(batches[24:], log=more.append, progress=False)
+    other = ends(again, more)
+    assert other[1] != whole[1] or not all(torch.equal(other[0][n], w) for n, w in whole[0].items())
+
+
+def test_the_random_numbers_of_the_caller_are_left_alone_and_have_no_effect() -> None:
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        sae = drawing()
+        train_dictionary(itertools.islice(planted()[1], 10), sae, options(), progress=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(sae.W_dec.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_nothing_is_saved_of_a_fit_whose_loss_is_no_number() -> None:
+    batches = list(itertools.islice(planted()[1], 50))
+    batches[44] = Batch(x=batches[44].x * float("nan"))
+    saved: list[int] = []
+    fit = DictionaryFit(fresh(), options(**{**FIT, "checkpoint_every": 4, "log_every": 1000}))
+    with pytest.raises(TrainingError, match=r"at step 45 .*nothing was saved after it"):
+        fit.run(batches, save=lambda: saved.append(fit.steps), progress=False)
+    assert saved == list(range(4, 45, 4))
+
+
+def test_a_state_is_saved_when_due_when_wanted_and_at_the_end() -> None:
+    def saved(every: int | None, wanted: int | None = None, stop: int | None = None) -> list[int]:
+        fit = DictionaryFit(fresh(), options(tokens=25 * BATCH, checkpoint_every=every))
+        steps: list[int] = []
+        fit.run(
+            planted()[1],
+            save=lambda: steps.append(fit.steps),
+            save_wanted=lambda: fit.steps == wanted,
+            should_stop=lambda: fit.steps == stop,
+            progress=False,
+        )
+        return steps
+
+    assert saved(10) == [10, 20, 25]
+    assert saved(0) == [25] and saved(0, wanted=3) == [3, 25] and saved(10, wanted=10) == [10, 20, 25]
+    assert saved(10, stop=13) == [10, 13]
+    # By default a tenth of all steps; of long runs, as many as take 10M tokens.
+    assert saved(None) == [*range(2, 25, 2), 25]
+    assert TrainOptions(tokens=10**9, batch_size=2000).checkpoint_steps == 5000
+    assert TrainOptions(tokens=5000, batch_size=1000, buffer_tokens=2000).checkpoint_steps == 1
+
+
+# -- signals --------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_sets_a_flag_and_the_second_interrupts(number: signal.Signals) -> None:
     before = signal.getsignal(number)
@@ -179,6 +312,32 @@ def test_the_first_signal_sets_a_flag_and_the_second_interrupts(number: signal.S
         assert stop() and stop.name == number.name and told == [number.name]
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_sigusr1_asks_for_a_save_and_does_not_stop() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    told: list[str] = []
+    with StopSignals(save=told.append) as stop:
+        assert not stop.save_wanted()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.save_wanted() and not stop.save_wanted() and not stop()
+    assert told == ["SIGUSR1"] * 2 and signal.getsignal(signal.SIGUSR1) is before
+    with StopSignals():
+        assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def test_a_message_that_cannot_be_written_does_not_keep_a_signal_from_acting() -> None:
+    def tell(name: str) -> None:
+        raise RuntimeError("reentrant call inside a writer")
+
+    with StopSignals(tell, save=tell) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() and stop.save_wanted()
+
+
+# -- settings -------------------------------------------------------------------------------------------------------
 
 
 REQUIRED = {"model": "m", "site": "3.resid_post", "data": "d", "out": "o"}
@@ -219,6 +378,30 @@ def test_a_configuration_survives_yaml_where_1e_4_is_a_string(tmp_path: Path) ->
         TrainConfig.from_yaml(tmp_path / "b.yaml")
 
 
+@pytest.mark.parametrize(
+    ("given", "d_in", "sizes"),
+    [
+        ({}, 64, (512, 16)),
+        ({}, 128, (1024, 32)),
+        ({}, 4096, (32768, 32)),
+        ({}, 2, (16, 1)),
+        ({"d_sae": 4}, 64, (4, 4)),
+        ({"d_sae": 4096, "k": 40}, 64, (4096, 40)),
+    ],
+)
+def test_the_dictionarys_size_follows_from_the_sites_width(
+    given: dict[str, int], d_in: int, sizes: tuple[int, int]
+) -> None:
+    assert DictionaryOptions.model_validate(given).sizes(d_in) == sizes
+    cfg = TrainConfig.model_validate({**REQUIRED, "dictionary": given}).sized(d_in)
+    assert (cfg.dictionary.d_sae, cfg.dictionary.k) == sizes and cfg.sized(7) == cfg
+
+
+def test_more_active_latents_than_the_default_gives_are_refused() -> None:
+    with pytest.raises(ConfigError, match="k is 100, more than the 64 latents that d_in 8 gives"):
+        DictionaryOptions(k=100).sizes(8)
+
+
 def test_every_setting_says_what_it_is() -> None:
     def bare(model: type, path: str = "") -> list[str]:
         found = []
@@ -231,20 +414,3 @@ def test_every_setting_says_what_it_is() -> None:
         return found
 
     assert bare(TrainConfig) == []
-
-
-def test_a_run_folder_is_never_overwritten_unless_forced_and_then_only_its_own_files(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    first = RunFolder(folder)
-    first.config("a: 1\n")
-    first.log({"step": 1.0})
-    first.log({"step": 2.0})
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1.0, 2.0]
-    fresh().save(folder)
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match=r"already holds .*--force"):
-        RunFolder(folder)
-    RunFolder(folder, force=True)
-    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
-    with pytest.raises(ArtifactError, match="is a file"):
-        RunFolder(folder / "notes.txt", force=True)

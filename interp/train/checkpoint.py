@@ -1,0 +1,275 @@
+"""States to resume a training from: each is there whole or not at all, and goes only when a later one is there.
+
+    resume/step-00000100/state.json         counters, settings, where the data stands
+    resume/step-00000100/state.safetensors  weights, moments, random states, what the data holds
+
+A state is written beside its place, synced to the disk and renamed. So a process that is killed, a disk that is full
+or a machine that loses power leaves the state before it. For that moment the disk holds two.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from interp.core.errors import ArtifactError
+
+__all__ = [
+    "RESUME",
+    "SavedState",
+    "StateFolder",
+    "appear",
+    "clear_drafts",
+    "differences",
+    "digest",
+    "moments",
+    "random_states",
+    "restore_moments",
+    "restore_random_states",
+    "step_folders",
+    "step_name",
+]
+
+RESUME = "resume"
+_STATE, _TENSORS = "state.json", "state.safetensors"
+_STEP = re.compile(r"step-(\d{8,})")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a training goes on from.
+
+    Attributes:
+        record: plain JSON: the step, the state of the data, what the run is.
+        tensors: weights, moments and random states by name.
+    """
+
+    record: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class StateFolder:
+    """The states in the folder of one training, of which at most one outlives a save.
+
+    Args:
+        run: the training's folder; the states lie in `resume/` in it. Nothing is touched before `save`.
+        held: names that the record of every state has, "step" among them.
+        anew: what to do where there is none, for messages.
+    """
+
+    def __init__(self, run: Path, *, held: Iterable[str], anew: str) -> None:
+        self.run, self.path, self._held, self._anew = run, run / RESUME, frozenset(held), anew
+
+    def check(self) -> int:
+        """Return the step of the latest state, which is not read.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        if not (steps := self.steps()):
+            lack = "holds no state to resume from" if self.run.is_dir() else "is no folder, so nothing can resume"
+            raise ArtifactError(f"{self.run} {lack}; {self._anew}")
+        return max(steps)
+
+    def latest(self) -> SavedState:
+        """Read the latest state.
+
+        Raises:
+            ArtifactError: there is none, or it is damaged or of another version.
+        """
+        folder = self.path / step_name(self.check())
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            record = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            if missing := self._held - record.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}: another version wrote it")
+            return SavedState(record, load_file(folder / _TENSORS))
+        except (OSError, ValueError, SafetensorError) as err:
+            raise ArtifactError(f"{folder} cannot be read ({err}); begin the training anew in another folder") from err
+
+    def save(self, state: SavedState) -> None:
+        """Save a state, then remove those before it; one of a step that is there already is left as it is.
+
+        Raises:
+            ArtifactError: it cannot be written; says which state is still there.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        before, step = dict(step_folders(self.path)), state.record["step"]
+        if step in before:
+            return
+
+        def write(draft: Path) -> None:
+            (draft / _STATE).write_text(json.dumps(state.record, indent=1), encoding="utf-8")
+            save_file(state.tensors, draft / _TENSORS)
+            for file in draft.iterdir():
+                _sync(file)
+
+        try:
+            self.path.mkdir(exist_ok=True)
+            appear(self.path / step_name(step), write)
+            _sync(self.path)
+        except (OSError, SafetensorError) as err:
+            fault = (isinstance(err, OSError) and err.strerror) or str(err)
+            left = f"that of step {max(before)} is whole: make room, then resume" if before else "there is no other"
+            raise ArtifactError(f"the state of step {step} cannot be written in {self.path} ({fault}); {left}") from err
+        for folder in before.values():
+            shutil.rmtree(folder)
+
+    def steps(self) -> list[int]:
+        """The steps whose states are there and whole."""
+        return [step for step, _ in step_folders(self.path)]
+
+    def keep(self, step: int) -> None:
+        """Remove every state but that of a step."""
+        for at, folder in step_folders(self.path):
+            if at != step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove every state, and what was begun of one."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def only_begun(self) -> bool:
+        """Whether all that the training's folder holds is what a kill left before its first state was whole."""
+        held = {p.name for p in self.run.iterdir()} if self.run.is_dir() else set()
+        return held == {RESUME} and not step_folders(self.path)
+
+
+def appear(place: Path, write: Callable[[Path], Any]) -> Path:
+    """Write a folder beside its place and rename it, so that it is there whole or not at all.
+
+    Args:
+        place: the folder to be; one that is there is replaced.
+        write: called with the empty folder to fill.
+
+    Returns:
+        The folder.
+    """
+    draft = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+    draft.mkdir()
+    try:
+        write(draft)
+        if place.is_dir() and any(place.iterdir()):
+            shutil.rmtree(place)
+        draft.rename(place)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return place
+
+
+def clear_drafts(folder: Path, names: Iterable[str]) -> None:
+    """Remove what a run that was killed had begun to write; other files are left alone.
+
+    Args:
+        folder: the training's folder.
+        names: of the files and folders that are written beside their place; those of steps are known.
+    """
+    draft = re.compile(rf"\.(step-\d+|{'|'.join(map(re.escape, names))})\..*\.tmp")
+    for path in [path for path in folder.rglob(".*.tmp") if draft.fullmatch(path.name)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def step_folders(folder: Path) -> list[tuple[int, Path]]:
+    """Return the whole `step-…` folders in a folder with their steps, in order; none if it is not there."""
+    held = folder.iterdir() if folder.is_dir() else ()
+    return sorted((int(match[1]), path) for path in held if (match := _STEP.fullmatch(path.name)))
+
+
+def step_name(step: int) -> str:
+    """The name of a step's folder."""
+    return f"step-{step:08d}"
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Name each setting that differs, with both values.
+
+    Args:
+        before, now: plain JSON.
+        path: of the part that is compared.
+    """
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in {**before, **now}:
+            yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
+    elif before != now:
+        yield f"{path} was {before!r}, now {now!r}"
+
+
+def digest(*parts: Tensor | str) -> str:
+    """The first 16 hex digits of the SHA-256 of tensors, with their shapes and dtypes, and texts."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            total.update(f"{tuple(part.shape)} {part.dtype}".encode())
+            total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            total.update(part.encode())
+    return total.hexdigest()[:16]
+
+
+def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return Adam's moments and counts by kind and parameter; a parameter that no loss has reached has none.
+
+    Args:
+        optimizer: Adam or AdamW.
+        parameters: what it fits, by name.
+    """
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    return {f"{kind}.{name}": state[kind] for name, state in states.items() for kind in _MOMENTS if kind in state}
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `moments` gave.
+
+    Args:
+        optimizer: a new one of the same parameters.
+        parameters: what it fits, by name.
+        tensors: the moments, among others; each is moved to its parameter's device.
+    """
+    for name, parameter in parameters.items():
+        kept = {kind: tensors[f"{kind}.{name}"] for kind in _MOMENTS if f"{kind}.{name}" in tensors}
+        if kept:
+            # Copies: what was read from a file is its memory map, and two trainings may go on from one state.
+            optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in kept.items()}
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the CPU's random generator and, for a GPU, of its own."""
+    found = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore_random_states(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng.cuda"], device)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
