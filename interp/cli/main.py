@@ -17,6 +17,8 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "eval": Verb("interp.cli.evaluate", "measure a trained dictionary on held-out text, beside a PCA of the same size"),
+    "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
     "testbed": Verb("interp.cli.testbed", "the small world and its models: describe, sample, tasks, card, rebuild"),
     "train": Verb("interp.cli.train", "train a sparse dictionary on a site of a model"),

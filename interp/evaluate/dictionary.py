@@ -1,10 +1,14 @@
-"""How well a dictionary stands in for the activations it was trained on: one definition of each figure."""
+"""How well a dictionary stands in for the activations it was trained on: one definition of each figure.
+
+Figures are ratios of sums over rows of tokens. Their intervals, at 95 %, are normal approximations of such a ratio
+(delta method) with rows as the independent units: tokens of one row are not.
+"""
 
 import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +28,25 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["DictionaryEvaluation", "evaluate_dictionary"]
+__all__ = ["Baseline", "DictionaryEvaluation", "counted_blocks", "encoded_in_parts", "evaluate_dictionary", "place_of"]
+
+_NORMAL_95 = 1.959964
+_MOST_LATENTS = 1 << 24  # so many numbers of [token d_sae] at once: 64 MiB in fp32
+
+
+@runtime_checkable
+class Baseline(Protocol):
+    """A reconstruction to hold a dictionary against, of as many numbers per token, such as `PCA`."""
+
+    @property
+    def rank(self) -> int:
+        """Numbers per token."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the numbers of some activations."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the activations that they stand for."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -35,7 +57,9 @@ class DictionaryEvaluation(Result):
         site: TransformerLens' name of the site.
         n_tokens: tokens that count in `l0`, `fvu` and `dead`: real and not special.
         n_predictions: predictions that count in CE and KL: from such a token, of such a token.
+        n_rows: rows that such tokens came in; the independent units of `intervals`.
         l0: mean number of positive latents per token.
+        l0_with_special: the same with special tokens counted too.
         fvu: Σ‖x − x̂‖² / Σ‖x − x̄‖², each summed over all tokens before dividing.
         explained_variance: 1 − fvu.
         ce_clean: the model's own loss.
@@ -49,13 +73,20 @@ class DictionaryEvaluation(Result):
         kl: KL(clean ‖ with reconstruction).
         dead: share of latents that were never positive on these tokens.
         firing: on how many tokens each latent was positive.
+        intervals: figure → 95 % interval (low, high), over rows; NaN where there is one row only.
+        pca_rank: rank of the PCA that was measured on the same tokens; None, like the next three, without one.
+        pca_fvu: its FVU.
+        pca_ce: loss with its reconstruction in place of the activation.
+        pca_ce_recovered: its `ce_recovered`.
     """
 
     title: ClassVar[str] = "Dictionary evaluation"
     site: str
     n_tokens: int
     n_predictions: int
+    n_rows: int
     l0: float
+    l0_with_special: float
     fvu: float
     explained_variance: float
     ce_clean: float
@@ -68,36 +99,66 @@ class DictionaryEvaluation(Result):
     kl: float
     dead: float
     firing: Int[Tensor, "d_sae"]
+    intervals: dict[str, tuple[float, float]]
+    pca_rank: int | None = None
+    pca_fvu: float | None = None
+    pca_ce: float | None = None
+    pca_ce_recovered: float | None = None
+
+    @property
+    def density(self) -> Float[Tensor, "d_sae"]:
+        """Share of tokens on which each latent was positive."""
+        return self.firing.double() / self.n_tokens
 
     def scalars(self) -> dict[str, Any]:
-        """The figures alone, by name; what is undefined (a ratio to zero) is None."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("firing", "provenance")}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        """The figures alone, by name, with their intervals; what is undefined (a ratio to zero) is None."""
+        left_out = ("firing", "intervals", "provenance")
+        values = {f.name: _finite(getattr(self, f.name)) for f in fields(self) if f.name not in left_out}
+        return {**values, "intervals": {k: [_finite(v) for v in pair] for k, pair in self.intervals.items()}}
 
     def to_frame(self) -> "pandas.DataFrame":
-        """Return one row per figure: `figure`, `value`."""
+        """Return one row per figure: `figure`, `value`, and the 95 % interval from `low` to `high`."""
         import pandas as pd
 
-        held = {name: value for name, value in self.scalars().items() if name != "site"}
-        return pd.DataFrame({"figure": list(held), "value": [math.nan if v is None else v for v in held.values()]})
+        held = {k: v for k, v in self.scalars().items() if k not in ("site", "intervals")}
+        held = {k: v for k, v in held.items() if v is not None or not k.startswith("pca_")}
+        values = [math.nan if v is None else v for v in held.values()]
+        ends = [self.intervals.get(k, (math.nan, math.nan)) for k in held]
+        low, high = ([pair[i] for pair in ends] for i in (0, 1))
+        return pd.DataFrame({"figure": list(held), "value": values, "low": low, "high": high})
 
     def plot(self) -> "plotly.graph_objects.Figure":
-        """Return the four losses as bars: clean, with the reconstruction, mean- and zero-ablated."""
+        """Return the losses as bars: clean, with the reconstruction, mean- and zero-ablated."""
         figures = importlib.import_module("interp.report.figures")
         losses = {"clean": self.ce_clean, "dictionary": self.ce_sae, "mean": self.ce_mean, "zero": self.ce_zero}
+        if self.pca_ce is not None:
+            losses[f"PCA, rank {self.pca_rank}"] = self.pca_ce
         labels = figures.Axis("replaced by", list(losses))
         heights = torch.tensor(list(losses.values()))
         return figures.bars(heights, labels=labels, title=f"Loss with {self.site} replaced", value="nats per token")
 
     def summary(self) -> str:
-        """Say the main figures in two lines."""
-        return (
-            f"{self.site}: L0 {self.l0:.1f}, FVU {self.fvu:.4f} (explained variance {self.explained_variance:.4f}), "
-            f"dead {self.dead:.1%} of {len(self.firing)} latents, on {self.n_tokens:,} tokens (special ones left out)\n"
-            f"CE recovered {self.ce_recovered:.4f} (against mean ablation {self.ce_recovered_mean:.4f}; SAELens' "
-            f"ce_loss_score {self.ce_loss_score:.4f}): clean {self.ce_clean:.4f}, dictionary {self.ce_sae:.4f}, "
-            f"mean {self.ce_mean:.4f}, zero {self.ce_zero:.4f} nats/token; KL {self.kl:.4f}"
-        )
+        """Say the main figures, with their 95 % intervals, in a few lines."""
+        lines = [
+            f"{self.site}: L0 {self._with_margin('l0', 1)}, FVU {self._with_margin('fvu')} (explained variance "
+            f"{self.explained_variance:.4f}), dead {self.dead:.1%} of {len(self.firing)} latents, on "
+            f"{self.n_tokens:,} tokens (special ones left out) in {self.n_rows:,} rows",
+            f"CE recovered {self._with_margin('ce_recovered')} (against mean ablation {self.ce_recovered_mean:.4f}; "
+            f"SAELens' ce_loss_score {self.ce_loss_score:.4f}): clean {self.ce_clean:.4f}, dictionary "
+            f"{self.ce_sae:.4f}, mean {self.ce_mean:.4f}, zero {self.ce_zero:.4f} nats/token; "
+            f"KL {self._with_margin('kl')}",
+        ]
+        if self.pca_fvu is not None and self.pca_ce_recovered is not None:
+            lines.append(
+                f"PCA of rank {self.pca_rank} on the same tokens: FVU {self.pca_fvu:.4f}, CE recovered "
+                f"{self.pca_ce_recovered:.4f}"
+            )
+        return "\n".join(lines)
+
+    def _with_margin(self, name: str, digits: int = 4) -> str:
+        low, high = self.intervals[name]
+        value = f"{getattr(self, name):.{digits}f}"
+        return f"{value} ± {(high - low) / 2:.{digits}f}" if math.isfinite(high - low) else value
 
 
 def evaluate_dictionary(
@@ -107,13 +168,15 @@ def evaluate_dictionary(
     site: str | Site,
     *,
     max_tokens: int = 100_000,
+    pca: Baseline | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> DictionaryEvaluation:
     """Measure a dictionary's sparsity, its reconstruction, and the model's loss when it stands in.
 
-    The text is run twice: once up to the site for L0, FVU and the mean, once for the losses. Special tokens are left
-    out: their activations are neither counted nor replaced. Sums are kept in fp64. Memory: the logits of five forwards
-    of one block.
+    The text is run twice: once up to the site for L0, what is missed and the mean, once for the variance and the
+    losses. Special tokens are left out: their activations are neither counted nor replaced. Sums are kept in fp64.
+    Memory, in bytes: the logits of two forwards of one block, about 256 MiB for the latents of a part of it and what
+    is made of them, and 150 for each row of text.
 
     Args:
         hm: the manager of the model.
@@ -121,45 +184,56 @@ def evaluate_dictionary(
         tokens: text that the dictionary was not trained on.
         site: where the dictionary acts, of shape [batch pos d_in].
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
+        pca: a baseline that is measured on the same tokens (see `fit_pca`), for one more forward per block.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
 
     Returns:
         The figures, with their provenance.
 
     Raises:
-        ConfigError: the dictionary is on another device.
+        ConfigError: the dictionary is on another device, or does not fit the site.
         DataError: the text has no token that counts.
 
     Source: FVU and CE recovered as in Gao et al. 2024 (2406.04093) §3 and Karvonen et al. 2025 (2503.09532);
-    `ce_loss_score` as in SAELens 6.54.
+    `ce_loss_score` as in SAELens 6.54. Interval of a ratio of sums: Cochran 1977, "Sampling Techniques", chapter 6,
+    without the correction for a finite population.
     """
-    place = Site(site)
-    if dictionary.W_enc.device != hm.device:
-        where = f"the dictionary is on {dictionary.W_enc.device}, the model on {hm.device}"
-        raise ConfigError(f"{where}; use dictionary.to(hm.device)")
-    moments = _Moments(dictionary)
-    for block, keep in _blocks(tokens, max_tokens, should_stop):
-        run = hm.run(block.inputs, read=[place], logits="none")
-        moments.add(run[place.name].flatten(0, 1).index_select(0, keep.flatten().nonzero().flatten().to(hm.device)))
+    place = place_of(hm, dictionary, site)
+    moments = _Moments(dictionary, pca)
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop):
+        moments.add(hm.run(block.inputs, read=[place], logits="none")[place.name], block.mask, keep)
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
-    losses = _Losses(hm, dictionary, place, moments.mean)
-    for block, keep in _blocks(tokens, max_tokens, should_stop):
+    losses = _Losses(hm, dictionary, place, moments.mean, pca)
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop):
         losses.add(block, keep)
     settings = {"site": place.name, "max_tokens": max_tokens, "special_tokens": "left out", "text": tokens.describe()}
+    rows = {**moments.rows.joined(), **losses.rows.joined()}
     return DictionaryEvaluation(
         site=place.name,
-        **moments.figures(),
-        **losses.figures(),
+        n_tokens=moments.n,
+        n_predictions=int(rows["n"].sum()),
+        n_rows=int((rows["tokens"] > 0).sum()),
+        l0_with_special=float(rows["active_all"].sum() / rows["tokens_all"].sum()),
+        dead=float((moments.firing == 0).double().mean()),
+        **_figures(rows),
+        **({} if pca is None else _of_pca(rows, pca.rank)),
         firing=moments.firing.cpu(),
+        intervals=_intervals(rows),
         provenance=Provenance.of(hm, settings=settings),
     )
 
 
-def _blocks(
-    tokens: TokenSource, max_tokens: int, should_stop: Callable[[], bool] | None
+def counted_blocks(
+    tokens: TokenSource, max_tokens: int, should_stop: Callable[[], bool] | None = None
 ) -> Iterator[tuple[TokenBlock, Bool[Tensor, "row pos"]]]:
-    """Blocks until `max_tokens` have been given, each with the tokens that count."""
+    """Yield blocks until `max_tokens` have been given, each with the tokens that count: real and not special.
+
+    Args:
+        tokens: the text.
+        max_tokens: special tokens and pads included; the block that reaches it is the last, and whole.
+        should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
+    """
     given = 0
     for block in tokens.blocks():
         if should_stop is not None and should_stop():
@@ -172,49 +246,108 @@ def _blocks(
             return
 
 
-class _Moments:
-    """Sums over tokens in fp64, on the dictionary's device."""
+def encoded_in_parts(
+    dictionary: Dictionary, x: Float[Tensor, "row pos d_in"]
+) -> Iterator[tuple[slice, Float[Tensor, "part pos d_sae"]]]:
+    """Yield the latents of some rows at a time, so that no more than 64 MiB of them (in fp32) are held at once.
 
-    def __init__(self, dictionary: Dictionary) -> None:
-        self.dictionary, device = dictionary, dictionary.W_enc.device
-        self.n = 0
+    Args:
+        dictionary: any dictionary.
+        x: activations.
+
+    Returns:
+        Which rows, and their latents; at least one row at a time.
+    """
+    step = max(1, _MOST_LATENTS // (x.shape[1] * dictionary.cfg.d_sae))
+    for start in range(0, len(x), step):
+        part = slice(start, min(start + step, len(x)))
+        with torch.no_grad():
+            latents = dictionary.encode(x[part])
+        yield part, latents
+
+
+def place_of(hm: "HookManager", dictionary: Dictionary, site: str | Site | None = None) -> Site:
+    """Return the site that a dictionary acts on, checked against the model.
+
+    Args:
+        hm: the manager of the model.
+        dictionary: a dictionary.
+        site: None takes the one it was trained on, from its metadata.
+
+    Raises:
+        ConfigError: no site is known, it has heads or another width, or the dictionary is on another device.
+    """
+    known = site if site is not None else dictionary.cfg.metadata.get("hook_name")
+    if known is None:
+        raise ConfigError("the dictionary does not say where it was trained; give site='3.resid_post', or another")
+    place, d_in = Site(known), dictionary.cfg.d_in
+    if len(place.axes) != 3 or place.where is not None:
+        raise ConfigError(f"{place} has axes {place.axes}; a dictionary reads one vector a token: try 3.resid_post")
+    width = hm.atlas.shape(place)[-1]
+    if width != d_in:
+        raise ConfigError(f"the dictionary has d_in {d_in}, {place.short} of {hm.name} is {width} wide; another model?")
+    if dictionary.W_enc.device != hm.device:
+        where = f"the dictionary is on {dictionary.W_enc.device}, the model on {hm.device}"
+        raise ConfigError(f"{where}; use dictionary.to(hm.device)")
+    return place
+
+
+class _Rows:
+    """Sums of every row of text, in fp64 on the host."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Append the sums over the positions of one block that the mask counts."""
+        self.parts.setdefault(name, []).append(values.double().masked_fill(~mask, 0).sum(-1).cpu())
+
+    def joined(self) -> dict[str, Float[Tensor, "row"]]:
+        return {name: torch.cat(parts) for name, parts in self.parts.items()}
+
+
+class _Moments:
+    """What needs no logits: sums over tokens in fp64, on the dictionary's device, and over rows."""
+
+    def __init__(self, dictionary: Dictionary, pca: Baseline | None) -> None:
+        self.dictionary, self.pca, device = dictionary, pca, dictionary.W_enc.device
+        self.n, self.rows = 0, _Rows()
         self.sum = torch.zeros(dictionary.cfg.d_in, dtype=torch.float64, device=device)
-        self.squares, self.missed = self.sum.new_zeros(()), self.sum.new_zeros(())
         self.firing = torch.zeros(dictionary.cfg.d_sae, dtype=torch.long, device=device)
 
     @torch.no_grad()
-    def add(self, x: Float[Tensor, "token d_in"]) -> None:
-        latents = self.dictionary.encode(x)
-        wide = x.double()
-        self.n += len(x)
-        self.sum += wide.sum(0)
-        self.squares += wide.pow(2).sum()
-        self.missed += (wide - self.dictionary.decode(latents).double()).pow(2).sum()
-        self.firing += (latents > 0).sum(0)
+    def add(
+        self, x: Float[Tensor, "row pos d_in"], real: Bool[Tensor, "row pos"], keep: Bool[Tensor, "row pos"]
+    ) -> None:
+        self.n += int(keep.sum())
+        real, keep = real.to(x.device), keep.to(x.device)
+        self.sum += x.double().masked_fill(~keep[..., None], 0).sum((0, 1))
+        for part, latents in encoded_in_parts(self.dictionary, x):
+            mine, counted, active = x[part].double(), keep[part], latents > 0
+            self.firing += (active & counted[..., None]).sum((0, 1))
+            one = torch.ones_like(counted, dtype=torch.float64)
+            self.rows.add("tokens", one, counted)
+            self.rows.add("tokens_all", one, real[part])
+            self.rows.add("active", active.sum(-1), counted)
+            self.rows.add("active_all", active.sum(-1), real[part])
+            self.rows.add("missed", (mine - self.dictionary.decode(latents).double()).pow(2).sum(-1), counted)
+            if self.pca is not None:
+                near = self.pca.decode(self.pca.encode(x[part])).double()
+                self.rows.add("missed_pca", (mine - near).pow(2).sum(-1), counted)
 
     @property
     def mean(self) -> Float[Tensor, "d_in"]:
         return self.sum / self.n
 
-    def figures(self) -> dict[str, Any]:
-        variance = float(self.squares - self.n * self.mean.pow(2).sum())
-        fvu = float(self.missed) / variance if variance > 0 else math.nan
-        return {
-            "n_tokens": self.n,
-            "l0": float(self.firing.sum()) / self.n,
-            "fvu": fvu,
-            "explained_variance": 1 - fvu,
-            "dead": float((self.firing == 0).double().mean()),
-        }
-
 
 class _Losses:
-    """The model's loss under each replacement, summed in fp64."""
+    """The model's loss under each replacement, and the variance about the mean, summed by row."""
 
-    def __init__(self, hm: "HookManager", dictionary: Dictionary, site: Site, mean: Tensor) -> None:
-        self.hm, self.dictionary, self.site, self.mean = hm, dictionary, site, mean.to(hm.dtype)
-        self.sums: dict[str, Tensor] = {}
-        self.n, self.n_score = 0, 0
+    def __init__(
+        self, hm: "HookManager", dictionary: Dictionary, site: Site, mean: Tensor, pca: Baseline | None
+    ) -> None:
+        self.hm, self.dictionary, self.site, self.mean, self.pca = hm, dictionary, site, mean, pca
+        self.rows = _Rows()
 
     def add(self, block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
         where = Where(mask=keep)
@@ -222,49 +355,83 @@ class _Losses:
             "clean": [],
             "sae": [Splice(self.site, self.dictionary, where=where)],
             "zero": [Ablate(self.site, "zero", where=where)],
-            "mean": [Replace(self.site, self.mean, where=where)],
+            "mean": [Replace(self.site, self.mean.to(self.hm.dtype), where=where)],
             "everywhere": [Ablate(self.site, "zero")],
         }
+        if self.pca is not None:
+            writes["pca"] = [Splice(self.site, self.pca, where=where)]
         ours = (keep[:, :-1] & keep[:, 1:]).to(self.hm.device)
         score = (keep[:, :-1] & block.mask[:, 1:]).to(self.hm.device)
         targets = block.ids[:, 1:].to(self.hm.device)
-        self.n, self.n_score = self.n + int(ours.sum()), self.n_score + int(score.sum())
+        self.rows.add("n", torch.ones_like(ours, dtype=torch.float64), ours)
+        self.rows.add("n_score", torch.ones_like(ours, dtype=torch.float64), score)
         clean: Tensor | None = None
         for name, write in writes.items():
-            logprobs = self._logprobs(block, write)
-            loss = -logprobs.gather(-1, targets[..., None])[..., 0].double()
-            self._sum(name, loss, ours)
-            self._sum(f"score_{name}", loss, score)
+            logprobs = self._logprobs(block, write, keep)
+            loss = -logprobs.gather(-1, targets[..., None])[..., 0]
+            self.rows.add(name, loss, ours)
+            self.rows.add(f"score_{name}", loss, score)
             if name == "clean":
                 clean = logprobs
             if name == "sae" and clean is not None:
-                kl = (clean.exp() * (clean - logprobs)).sum(-1).double()
-                self._sum("kl", kl, ours)
+                self.rows.add("kl", (clean.exp() * (clean - logprobs)).sum(-1), ours)
 
-    def _logprobs(self, block: TokenBlock, write: list[Intervention]) -> Float[Tensor, "row pos d_vocab"]:
-        run = self.hm.run(block.inputs, write=write, logits="all")
+    def _logprobs(
+        self, block: TokenBlock, write: list[Intervention], keep: Tensor
+    ) -> Float[Tensor, "row next d_vocab"]:
+        run = self.hm.run(block.inputs, read=[] if write else [self.site], write=write, logits="all")
+        if not write:
+            x = run[self.site.name]
+            self.rows.add("variance", (x.double() - self.mean).pow(2).sum(-1), keep.to(x.device))
         return run.logits[:, :-1].float().log_softmax(-1)
 
-    def _sum(self, name: str, values: Tensor, mask: Tensor) -> None:
-        total = values.masked_fill(~mask, 0).sum()
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
 
-    def figures(self) -> dict[str, Any]:
-        per = {k: float(v) / max(self.n_score if k.startswith("score_") else self.n, 1) for k, v in self.sums.items()}
-        return {
-            "n_predictions": self.n,
-            "ce_clean": per["clean"],
-            "ce_sae": per["sae"],
-            "ce_zero": per["zero"],
-            "ce_mean": per["mean"],
-            "ce_recovered": _ratio(per["zero"] - per["sae"], per["zero"] - per["clean"]),
-            "ce_recovered_mean": _ratio(per["mean"] - per["sae"], per["mean"] - per["clean"]),
-            "ce_loss_score": _ratio(
-                per["score_everywhere"] - per["score_sae"], per["score_everywhere"] - per["score_clean"]
-            ),
-            "kl": per["kl"],
-        }
+def _ratios(rows: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each figure as the two columns whose sums it is the ratio of."""
+    found = {"l0": ("active", "tokens"), "fvu": ("missed", "variance"), "kl": ("kl", "n")}
+    found |= {f"ce_{name}": (name, "n") for name in ("clean", "sae", "zero", "mean")}
+    plain = {name: (rows[a], rows[b]) for name, (a, b) in found.items()}
+    zero, mean, score = rows["zero"], rows["mean"], rows["score_everywhere"]
+    return {
+        **plain,
+        "ce_recovered": (zero - rows["sae"], zero - rows["clean"]),
+        "ce_recovered_mean": (mean - rows["sae"], mean - rows["clean"]),
+        "ce_loss_score": (score - rows["score_sae"], score - rows["score_clean"]),
+    }
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole != 0 else math.nan
+def _figures(rows: dict[str, Tensor]) -> dict[str, Any]:
+    figures = {name: _ratio(a, b) for name, (a, b) in _ratios(rows).items()}
+    return {**figures, "explained_variance": 1 - figures["fvu"]}
+
+
+def _of_pca(rows: dict[str, Tensor], rank: int) -> dict[str, Any]:
+    return {
+        "pca_rank": rank,
+        "pca_fvu": _ratio(rows["missed_pca"], rows["variance"]),
+        "pca_ce": _ratio(rows["pca"], rows["n"]),
+        "pca_ce_recovered": _ratio(rows["zero"] - rows["pca"], rows["zero"] - rows["clean"]),
+    }
+
+
+def _intervals(rows: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of ratios of sums, with rows as the units."""
+    counted = int((rows["tokens"] > 0).sum())
+    found = {}
+    for name, (a, b) in _ratios(rows).items():
+        ratio, total = _ratio(a, b), float(b.sum().abs())
+        half = math.nan
+        if counted > 1 and total > 0:
+            half = _NORMAL_95 * float((a - ratio * b).pow(2).sum() * counted / (counted - 1)) ** 0.5 / total
+        found[name] = (ratio - half, ratio + half)
+    low, high = found["fvu"]
+    return {**found, "explained_variance": (1 - high, 1 - low)}
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    total = float(whole.sum())
+    return float(part.sum()) / total if total != 0 else math.nan
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
