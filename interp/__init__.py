@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from interp.data.store import ActivationStore
     from interp.dictionaries.base import SAE
     from interp.evaluate.pairs import pair_accuracy
+    from interp.evaluate.top_examples import top_examples
     from interp.lens.logit_lens import logit_lens
     from interp.patching.activation import activation_patch
     from interp.probing.induction import induction_scores
@@ -87,6 +88,7 @@ _NAMES_BY_MODULE = {
     "data.store": ("ActivationStore",),
     "dictionaries.base": ("SAE",),
     "evaluate.pairs": ("pair_accuracy",),
+    "evaluate.top_examples": ("top_examples",),
     "lens.logit_lens": ("logit_lens",),
     "patching.activation": ("activation_patch",),
     "probing.induction": ("induction_scores",),
@@ -134,6 +136,7 @@ __all__ = [
     "pair_accuracy",
     "show_attention",
     "show_tokens",
+    "top_examples",
 ]
 
 

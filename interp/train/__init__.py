@@ -1,1 +1,1 @@
-"""The dictionary trainer: configuration, loop, run folder, and the whole job."""
+"""Trainers: of dictionaries, from text to a measured folder, and of small language models, the testbed's among them."""
