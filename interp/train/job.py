@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from interp.core.errors import ConfigError, InterpError
+from interp.core.errors import ConfigError, DataError, InterpError
 from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
 from interp.core.site import Site
@@ -237,9 +237,15 @@ class _Job:
         self.cfg, self.folder, self.stop = cfg.sized(int(shape[-1])), folder, stop
         self.store = _store(self.cfg, self.hm, self.site)
         self.dictionary = _dictionary(self.cfg, int(shape[-1])).to(self.hm.device)
-        # Text that cannot be read, or is too little to hold some out, is better known before training than after.
+        # Text that cannot be read, rows too long for the model, or too little text to hold some out are better known
+        # before training than after.
+        first = next(self.store.tokens.blocks())
+        try:
+            self.hm.to_tokens(first.ids[:1], mask=first.mask[:1])
+        except DataError as err:
+            raise ConfigError(f"with text.ctx {cfg.text.ctx} a row is too long: {err}") from err
         next(_tokens(cfg, self.hm, "held_out").blocks())
-        self.settings = _settings(self.cfg, self.hm, self.store)
+        self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=self.site.name)
         self.stream = self.store.batches(should_stop=stop)
 
@@ -352,16 +358,15 @@ def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
         folder.check(force=force)
 
 
-def _settings(cfg: TrainConfig, hm: HookManager, store: ActivationStore) -> dict[str, Any]:
+def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
     free: Any = {"out": True, "device": True, "evaluation": {"tokens"}, "train": {"checkpoint_every"}}
-    block = next(store.tokens.blocks())
     return {
         "format": 1,
         **cfg.model_dump(mode="json", exclude=free),
         "model_config": Provenance.of(hm).config_hash,
         "model_weights": digest(*(_sample(p) for p in hm.model.parameters() if not p.is_meta)),
-        "first_tokens": digest(block.ids, block.special),
+        "first_tokens": first_tokens,
         "device": hm.device.type,
         "threads": torch.get_num_threads(),
     }

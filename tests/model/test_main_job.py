@@ -374,6 +374,10 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(
         (["--data", "nothing.jsonl"], "no file or folder nothing.jsonl"),
         (["--text.field", "story"], "its fields are: text"),
         (["--text.hold-out-every", "400"], "'held_out' part"),
+        (
+            ["--model", "testbed", "--text.ctx", "129"],
+            "with text.ctx 129 a row is too long: 129 tokens, but this model",
+        ),
     ],
 )
 def test_a_job_that_cannot_run_exits_with_1_and_leaves_nothing_that_loads(
