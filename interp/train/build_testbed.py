@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from interp.core.errors import ConfigError
 from interp.core.manager import HookManager
 from interp.core.resources import resource
 from interp.evaluate.tasks import repeat_loss, task_scores
 from interp.testbed.text import Text
 from interp.testbed.tokenizer import build_tokenizer, vocabulary
-from interp.train.config import describe_faults, read_yaml
+from interp.train.config import Settings
 from interp.train.lm import train_lm
 from interp.train.lm_config import LMOptions
 from interp.train.lm_data import LMBatch
@@ -29,10 +27,8 @@ __all__ = ["BuildConfig", "ModelShape", "WorldData", "build_testbed", "new_model
 _SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
-class ModelShape(BaseModel):
+class ModelShape(Settings):
     """The architecture of a testbed model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     family: Literal["gpt2", "llama"] = Field(
         description="gpt2: LayerNorm, learned positions, GELU; llama: RMSNorm, rotary positions, SwiGLU, GQA"
@@ -54,10 +50,8 @@ class ModelShape(BaseModel):
         return self
 
 
-class BuildConfig(BaseModel):
+class BuildConfig(Settings):
     """Everything that decides a testbed model's weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelShape
     rows: int = Field(default=32, gt=0, description="rows of `ctx` tokens per step")
@@ -69,18 +63,6 @@ class BuildConfig(BaseModel):
     train: LMOptions
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> "BuildConfig":
-        """Read a configuration from a YAML file.
-
-        Raises:
-            ConfigError: the file is missing or not YAML, or a setting is unknown, missing or out of range.
-        """
-        try:
-            return cls.model_validate(read_yaml(path))
-        except ValidationError as err:
-            raise ConfigError(f"{path}: {describe_faults(err, cls)}") from err
-
-    @classmethod
     def packaged(cls, name: str) -> "BuildConfig":
         """The configuration of a packaged model.
 
@@ -88,10 +70,6 @@ class BuildConfig(BaseModel):
             name: "testbed" or "testbed-llama".
         """
         return cls.from_yaml(resource(f"configs/{name}.yaml"))
-
-    def to_yaml(self) -> str:
-        """The whole configuration as YAML, in the order of its fields."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     def shortened(self, steps: int) -> "BuildConfig":
         """The same with a schedule of fewer steps; warmup, measures and checkpoints that lie beyond are left out.

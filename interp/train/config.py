@@ -1,7 +1,7 @@
 """The settings of a dictionary's training: one pydantic model per concern, units in the descriptions."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,6 +12,7 @@ from interp.core.site import Site
 __all__ = [
     "DictionaryOptions",
     "EvaluationOptions",
+    "Settings",
     "TextOptions",
     "TrainConfig",
     "TrainOptions",
@@ -20,11 +21,32 @@ __all__ = [
 ]
 
 
-class _Options(BaseModel):
+class Settings(BaseModel):
+    """A group of settings: what is not known is refused, nothing is changed after it was checked."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read complete settings from a YAML file.
 
-class DictionaryOptions(_Options):
+        Args:
+            path: the file.
+
+        Raises:
+            ConfigError: the file is missing or not YAML, or a setting is unknown, missing or out of range.
+        """
+        try:
+            return cls.model_validate(read_yaml(path))
+        except ValidationError as err:
+            raise ConfigError(f"{path}: {describe_faults(err, cls)}") from err
+
+    def to_yaml(self) -> str:
+        """All settings as YAML, in the order of their fields."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class DictionaryOptions(Settings):
     """The dictionary's architecture and size."""
 
     kind: Literal["topk"] = Field(default="topk", description="architecture")
@@ -61,7 +83,7 @@ class DictionaryOptions(_Options):
         return d_sae, k
 
 
-class TextOptions(_Options):
+class TextOptions(Settings):
     """How text becomes rows of tokens."""
 
     field: str = Field(default="text", description="key that holds the text in JSON lines and datasets")
@@ -77,7 +99,7 @@ class TextOptions(_Options):
     hold_out_every: int = Field(default=20, ge=2, description="every so many documents one is kept for the evaluation")
 
 
-class TrainOptions(_Options):
+class TrainOptions(Settings):
     """How the dictionary is fitted."""
 
     tokens: int = Field(
@@ -136,14 +158,14 @@ class TrainOptions(_Options):
         return max(1, min(self.steps // 10, 10_000_000 // self.batch_size))
 
 
-class EvaluationOptions(_Options):
+class EvaluationOptions(Settings):
     """How the trained dictionary is measured, on documents that it was not trained on."""
 
     tokens: int = Field(default=100_000, gt=0, description="tokens to run, special ones included")
     data: str | None = Field(default=None, description="text to use instead of documents held out of the training text")
 
 
-class TrainConfig(_Options):
+class TrainConfig(Settings):
     """Train a sparse dictionary on a site of a model."""
 
     model: str = Field(description="a folder, testbed or testbed-llama, or a name on the Hugging Face hub")
@@ -179,22 +201,6 @@ class TrainConfig(_Options):
         """
         d_sae, k = self.dictionary.sizes(d_in)
         return self.model_copy(update={"dictionary": self.dictionary.model_copy(update={"d_sae": d_sae, "k": k})})
-
-    @classmethod
-    def from_yaml(cls, path: str | Path) -> "TrainConfig":
-        """Read a complete configuration from a YAML file.
-
-        Raises:
-            ConfigError: the file is missing or not YAML, or a setting is unknown, missing or out of range.
-        """
-        try:
-            return cls.model_validate(read_yaml(path))
-        except ValidationError as err:
-            raise ConfigError(f"{path}: {describe_faults(err, cls)}") from err
-
-    def to_yaml(self) -> str:
-        """The whole configuration as YAML, in the order of its fields."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
