@@ -84,9 +84,7 @@ class OpenRun:
         Raises:
             ConfigError: no text is known.
         """
-        from interp.data.documents import Documents
-        from interp.data.tokens import TokenSource
-        from interp.train.job import WorldTexts
+        from interp.train.text import token_source
 
         own = None if self.cfg is None else self.cfg.data
         apart = self.data if self.data is not None else self.cfg.evaluation.data if self.cfg is not None else None
@@ -95,17 +93,7 @@ class OpenRun:
             raise ConfigError(f"{self.folder} does not say what text it was trained on; give --data")
         # Text of its own for the measurement needs no holding out, unless there is no other to fit on.
         whole = apart is not None and own is not None
-        documents = Documents(
-            WorldTexts() if named == "testbed" else named,
-            field=self.text.field,
-            split=self.text.split,
-            part="all" if whole else part,
-            hold_out_every=self.text.hold_out_every,
-        )
-        text = self.text
-        return TokenSource(
-            documents, self.hm.tokenizer, ctx=text.ctx, rows=text.rows, packing=text.packing, bos=text.bos
-        )
+        return token_source(named, self.text, self.hm.tokenizer, part="all" if whole else part)
 
 
 def open_run(options: RunOptions, tell: Callable[[str], None]) -> OpenRun:

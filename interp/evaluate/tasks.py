@@ -11,6 +11,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError, DataError
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
+from interp.core.metrics import loss_per_token
 from interp.core.result import Provenance, Result
 from interp.testbed.tasks import case_tokens, draw_cases, token_ids
 from interp.testbed.text import TASKS, Text, task_named
@@ -235,8 +236,4 @@ def _losses(
     """The loss of predicting each token but the first, in nats; 4 · row · pos · d_vocab bytes of logits."""
     logits = hm.run(ids, logits="all", write=list(write)).logits
     assert logits is not None
-    targets = ids[:, 1:].to(logits.device)
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="none"
-    )
-    return losses.reshape(targets.shape).double().cpu()
+    return loss_per_token(logits, ids)[0].double().cpu()

@@ -1,10 +1,10 @@
 """The main job: text → tokens → activations → a trained, measured, saved dictionary."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,19 +14,19 @@ from interp.core.errors import ConfigError, DataError, InterpError
 from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
 from interp.core.site import Site
-from interp.data.documents import Documents, Part
+from interp.data.documents import Part
 from interp.data.store import ActivationStore, StreamState
 from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
-from interp.testbed.text import TASKS, Text
 from interp.train.checkpoint import SavedState, differences, digest
 from interp.train.config import TrainConfig
 from interp.train.runfolder import RunFolder
 from interp.train.signals import StopSignals
+from interp.train.text import token_source
 from interp.train.trainer import DictionaryFit, Training, default_lr
 
-__all__ = ["JobReport", "Plan", "WorldTexts", "plan_job", "train_job"]
+__all__ = ["JobReport", "Plan", "plan_job", "train_job"]
 
 Status = Literal["finished", "stopped"]
 _STREAM = "stream."
@@ -190,28 +190,6 @@ def train_job(
             return JobReport(folder.path, "stopped", training, None, stop.name)
         folder.finish(ended)
         return JobReport(folder.path, "finished", training, evaluation, stop.name)
-
-
-class WorldTexts:
-    """The small world's training text as documents without end; `data: testbed` stands for it.
-
-    Document `i` is a function of `i` alone. The task whose passages hold random bytes is left out, as bytes do not
-    survive being text.
-
-    Args:
-        start: number of the first document.
-    """
-
-    def __init__(self, start: int = 0) -> None:
-        self.start = start
-        self._text = Text("dictionary", tasks=[name for name in TASKS if name != "repeat"])
-
-    def __iter__(self) -> Iterator[str]:
-        return (self._text.document(i).text for i in count(self.start))
-
-    def skip(self, n: int) -> "WorldTexts":
-        """The same without the first `n`, which are not made."""
-        return WorldTexts(self.start + n)
 
 
 class _Phase:
@@ -413,17 +391,8 @@ def _notes(cfg: TrainConfig, hm: HookManager, store: ActivationStore, training: 
 
 def _tokens(cfg: TrainConfig, hm: HookManager, part: Part) -> TokenSource:
     own = part == "held_out" and cfg.evaluation.data is not None
-    whole: Part = "all" if own or cfg.evaluation.data is not None else part
-    named = cfg.evaluation.data if own else cfg.data
-    documents = Documents(
-        WorldTexts() if named == "testbed" else named,
-        field=cfg.text.field,
-        split=cfg.text.split,
-        part=whole,
-        hold_out_every=cfg.text.hold_out_every,
-    )
-    text = cfg.text
-    return TokenSource(documents, hm.tokenizer, ctx=text.ctx, rows=text.rows, packing=text.packing, bos=text.bos)
+    whole: Part = "all" if cfg.evaluation.data is not None else part
+    return token_source(str(cfg.evaluation.data if own else cfg.data), cfg.text, hm.tokenizer, part=whole)
 
 
 def _dictionary(cfg: TrainConfig, d_in: int) -> TopKSAE:

@@ -29,6 +29,7 @@ from interp.data.tokens import TokenSource
 from interp.train.common import TrainingError
 from interp.train.lm import LMBatch, LMOptions, LMTraining, TextData, load_checkpoints, train_lm
 from interp.train.lm_fit import LMFit
+from tests.death import Death, Killed
 from tests.families import word_tokenizer
 
 VOCAB, ROWS, POS = 16, 4, 12
@@ -391,30 +392,6 @@ def test_the_comparison_of_bytes_sees_dropout_data_and_seed(whole: Path, tmp_pat
     final = "final/model.safetensors"
     assert len({held(out)[final] for out in (whole, tmp_path / "seed", tmp_path / "texts")}) == 3
     assert {"metrics.jsonl", final, "resume/step-00000014/state.safetensors"} < held(whole).keys()
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class Death:
-    """From its `last`-th change of a folder on, the file system does nothing any more, as for a killed process."""
-
-    CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "remove", "chmod", "utime")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-        self.calls, self.last = 0, last
-        for name in self.CALLS:
-            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls >= self.last:
-                raise Killed
-            return call(*args, **kwargs)
-
-        return counted
 
 
 def small(out: Path, hm: HookManager, *, resume: bool = False) -> None:

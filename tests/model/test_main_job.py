@@ -25,7 +25,7 @@ from interp.evaluate.dictionary import evaluate_dictionary
 from interp.testbed.text import TASKS, Text
 from interp.testbed.tokenizer import build_tokenizer
 from interp.train.config import TrainConfig
-from interp.train.job import WorldTexts
+from interp.train.text import WorldTexts
 from interp.train.trainer import DictionaryFit
 from tests.families import make, manager, word_tokenizer
 

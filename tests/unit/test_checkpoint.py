@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from interp.core.errors import ArtifactError
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.train.checkpoint import SavedState, StateFolder
 from interp.train.runfolder import RunFolder
+from tests.death import Death, Killed
 
 
 def state(step: int, **changes: Any) -> SavedState:
@@ -90,30 +90,6 @@ def test_a_run_folder_goes_back_to_a_state(tmp_path: Path) -> None:
         RunFolder(tmp_path).check_resume()
     with pytest.raises(ArtifactError, match="is no folder"):
         RunFolder(tmp_path / "nowhere").check_resume()
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
-class Death:
-    """From its `last`-th change of a folder on, the file system does nothing any more, as for a killed process."""
-
-    CALLS = ("mkdir", "rename", "replace", "rmdir", "unlink", "remove")
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
-        self.calls, self.last = 0, last
-        for name in self.CALLS:
-            monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-
-    def _counted(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if self.calls >= self.last:
-                raise Killed
-            return call(*args, **kwargs)
-
-        return counted
 
 
 def counted_run(path: Path, *, resume: bool = False) -> None:

@@ -1,0 +1,58 @@
+"""The text that a dictionary is trained and measured on: what settings name, as rows of tokens."""
+
+from collections.abc import Iterator
+from itertools import count
+from typing import TYPE_CHECKING
+
+from interp.data.documents import Documents, Part
+from interp.data.tokens import TokenSource
+from interp.testbed.text import TASKS, Text
+from interp.train.config import TextOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["WorldTexts", "token_source"]
+
+
+class WorldTexts:
+    """The small world's training text as documents without end; `data: testbed` stands for it.
+
+    Document `i` is a function of `i` alone. The task whose passages hold random bytes is left out, as bytes do not
+    survive being text.
+
+    Args:
+        start: number of the first document.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self.start = start
+        self._text = Text("dictionary", tasks=[name for name in TASKS if name != "repeat"])
+
+    def __iter__(self) -> Iterator[str]:
+        return (self._text.document(i).text for i in count(self.start))
+
+    def skip(self, n: int) -> "WorldTexts":
+        """The same without the first `n`, which are not made."""
+        return WorldTexts(self.start + n)
+
+
+def token_source(
+    named: str, text: TextOptions, tokenizer: "PreTrainedTokenizerBase", *, part: Part = "all"
+) -> TokenSource:
+    """Return text as rows of tokens.
+
+    Args:
+        named: a file, a folder, hf://owner/name, or "testbed" for the small world's text.
+        text: how it becomes rows.
+        tokenizer: the model's.
+        part: all of it, or what is left after documents were held out, or those.
+    """
+    documents = Documents(
+        WorldTexts() if named == "testbed" else named,
+        field=text.field,
+        split=text.split,
+        part=part,
+        hold_out_every=text.hold_out_every,
+    )
+    return TokenSource(documents, tokenizer, ctx=text.ctx, rows=text.rows, packing=text.packing, bos=text.bos)
