@@ -1,9 +1,9 @@
 """Where text comes from: lists, text files, JSON lines, folders of them, and Hugging Face datasets."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,9 @@ class Documents:
 
     Args:
         source: a list of texts; a path to a text file (one document), a JSON-lines file (one document a line) or a
-            folder of both (in the order of their paths); "hf://owner/name" or "hf://owner/name/config" on the hub; or a
-            dataset whose rows are dicts. Nothing is downloaded unless "hf://" is asked for.
+            folder of both (in the order of their paths); "hf://owner/name" or "hf://owner/name/config" on the hub; a
+            dataset whose rows are dicts; or anything that gives documents by their number, of which only those of this
+            part and rank are asked for. Nothing is downloaded unless "hf://" is asked for.
         field: the key that holds the text in JSON lines and datasets.
         split: the split of a hub dataset.
         part: "all", "held_out" (every `hold_out_every`-th document: those with index ≡ −1), or "train" (the others).
@@ -65,7 +66,7 @@ class Documents:
         found = False
         for index, text in self._all(start):
             found = True
-            if self._mine(index):
+            if text is not None:
                 yield index, text
         if not found and start == 0:
             raise DataError(f"{self.describe()} holds no document; give a source with at least one text")
@@ -88,23 +89,35 @@ class Documents:
             order = held_out_before if is_held_out else index - held_out_before
         return order % self.world_size == self.rank
 
-    def _all(self, start: int) -> Iterator[tuple[int, str]]:
+    def _all(self, start: int) -> Iterator[tuple[int, str | None]]:
+        """Every document from `start` on; None for the text of one that is another's."""
         source = self.source
         if isinstance(source, str) and source.startswith(_HUB):
             source = _hub_dataset(source, self.split)
         if isinstance(source, str | Path):
-            return enumerate(islice(_from_path(Path(source), self.field), start, None), start)
-        if hasattr(source, "skip") and start:
-            return enumerate(_texts(source.skip(start), self.field, start, self.describe()), start)
-        if isinstance(source, Iterator) or not isinstance(source, Iterable):
+            rows: Iterable[Any] = islice(_from_path(Path(source), self.field), start, None)
+        elif isinstance(source, Sized) and hasattr(source, "__getitem__") and not isinstance(source, Mapping):
+            return self._picked(source, range(start, len(source)))
+        elif hasattr(source, "__getitem__") and not isinstance(source, Iterable):
+            return self._picked(source, count(start))
+        elif hasattr(source, "skip") and start:
+            rows = source.skip(start)
+        elif isinstance(source, Iterator | Mapping) or not isinstance(source, Iterable):
             kind = type(source).__name__
-            raise DataError(f"documents come from a list, a path or a dataset, which can be read twice; got {kind}")
-        return enumerate(_texts(islice(source, start, None), self.field, start, self.describe()), start)
+            hint = f"; choose one of {list(source)}" if isinstance(source, Mapping) else ""
+            raise DataError(
+                f"documents come from a list, a path or a dataset, which can be read twice; got {kind}{hint}"
+            )
+        else:
+            rows = islice(source, start, None)
+        return ((i, self._text(row, i) if self._mine(i) else None) for i, row in enumerate(rows, start))
 
+    def _picked(self, source: Any, indices: Iterable[int]) -> Iterator[tuple[int, str | None]]:
+        """Of a source that gives documents by number, those of others are not even asked for."""
+        return ((i, self._text(source[i], i) if self._mine(i) else None) for i in indices)
 
-def _texts(rows: Iterable[Any], field: str, start: int, name: str) -> Iterator[str]:
-    for index, row in enumerate(rows, start):
-        yield row if isinstance(row, str) else _field_of(row, field, f"document {index} of {name}")
+    def _text(self, row: Any, index: int) -> str:
+        return row if isinstance(row, str) else _field_of(row, self.field, f"document {index} of {self.describe()}")
 
 
 def _field_of(row: Any, field: str, place: str) -> str:

@@ -70,13 +70,27 @@ class TopKSAE(SAE):
 
     @torch.no_grad()
     def init_from(self, x: Float[Tensor, "token d_in"], *, seed: int) -> None:
-        """Set b_dec to the mean of `x`, W_dec to random unit rows, and W_enc to its transpose."""
+        """Set b_dec to the mean of `x`, W_dec to random unit rows, W_enc to the multiple of its transpose that fits.
+
+        The multiple is the one with the smallest squared error on `x`: with y the first reconstruction less b_dec by
+        the transpose itself, ⟨x − b_dec, y⟩ / ⟨y, y⟩. So training begins at an FVU of 1 at most; many latents that
+        overlap would else begin far above it.
+
+        Source: Gao et al. 2024 (2406.04093), appendix A.1. Departure: least squares, where they match the norm.
+        """
         rows = torch.randn(self.cfg.d_sae, self.cfg.d_in, generator=torch.Generator().manual_seed(seed))
         rows = (rows / rows.norm(dim=-1, keepdim=True)).to(self.W_dec)
         self.W_dec.copy_(rows)
         self.W_enc.copy_(rows.T)
         self.b_enc.zero_()
         self.b_dec.copy_(x.double().mean(0))
+        x = self._check_input(x)
+        codes, _ = self._codes(x, None)
+        y = decode_codes(codes.values.relu(), codes, self.W_dec).double()
+        power = y.pow(2).sum()
+        # Of what is constant nothing is left to fit.
+        fit = ((x - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
+        self.W_enc.mul_(torch.where(fit > 0, fit, 1).to(self.W_enc))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations; at most k are positive, the others are 0."""

@@ -1,25 +1,22 @@
-"""What figures are held against: the best reconstruction by as many numbers a token, the best match that luck gives."""
+"""What figures are held against: the best reconstruction by as many numbers a token."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
 from interp.core.site import Site
 from interp.data.tokens import TokenSource
-from interp.evaluate.dictionary import counted_blocks
+from interp.evaluate.reading import counted_blocks
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["PCA", "Matches", "best_matches", "fit_pca"]
-
-_ABOVE_CHANCE = 0.2
-_TABLE = 1 << 24  # entries of a table of latents and values that is held at once: 128 MiB
+__all__ = ["PCA", "fit_pca"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +82,7 @@ def fit_pca(
     total = torch.zeros(d, dtype=torch.float64, device=hm.device)
     squares = torch.zeros(d, d, dtype=torch.float64, device=hm.device)
     shift, n = torch.zeros_like(total), 0
-    for block, keep in counted_blocks(tokens, max_tokens, should_stop):
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="fitting a PCA"):
         x = hm.run(block.inputs, read=[place], logits="none")[place.name]
         rows = x.flatten(0, 1).index_select(0, keep.flatten().nonzero().flatten().to(x.device)).double()
         shift = rows.mean(0) if n == 0 else shift
@@ -102,102 +99,3 @@ def fit_pca(
         components=directions.flip(1).T[:rank].contiguous().float(),
         variances=variances.flip(0).clamp_min(0).float(),
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Matches:
-    """What each of `n` units matches best.
-
-    Attributes:
-        column: index of the column of labels; −1 for a unit that matches nothing at all.
-        value: the code in that column; −1 likewise.
-        f1: 2 · hits / (tokens on which the unit fires + tokens that have the value).
-        precision: hits / tokens on which the unit fires.
-        recall: hits / tokens that have the value.
-        chance: the largest F1 of any column and value in any of the shuffles.
-    """
-
-    column: Int[Tensor, "n"]
-    value: Int[Tensor, "n"]
-    f1: Float[Tensor, "n"]
-    precision: Float[Tensor, "n"]
-    recall: Float[Tensor, "n"]
-    chance: Float[Tensor, "n"]
-
-    @property
-    def claimed(self) -> Bool[Tensor, "n"]:
-        """Whether (f1 − chance) / (1 − chance) ≥ 0.2: only then is a match more than luck."""
-        return (self.f1 > self.chance) & (self.f1 - self.chance >= _ABOVE_CHANCE * (1 - self.chance))
-
-    def places(self) -> tuple[list[int], list[int]]:
-        """`column` and `value` as plain numbers."""
-        return self.column.tolist(), self.value.tolist()
-
-
-def best_matches(
-    token: Int[Tensor, "firing"],
-    unit: Int[Tensor, "firing"],
-    columns: Mapping[str, Int[Tensor, "token"]],
-    *,
-    n: int,
-    shuffles: int = 20,
-    seed: int = 0,
-) -> Matches:
-    """Find, for each unit that fires or does not, the label and value that says best when; and what luck would find.
-
-    Luck is the same search after the tokens' labels were permuted, all columns alike: frequencies and what labels
-    have to do with each other stay as they are, what they have to do with the units is gone.
-
-    Args:
-        token: on which token, of those that count, each firing was.
-        unit: of which unit it was, from 0 to n − 1.
-        columns: name → code of every token that counts, −1 where the label does not apply. Of equal F1, the earlier
-            column and the smaller code are taken.
-        n: number of units.
-        shuffles: permutations.
-        seed: of the permutations.
-
-    Returns:
-        The best match of each unit, on the host.
-
-    Source: F1 between a latent's active set and an attribute as in Makelov et al. 2024 (2405.08366). Departure: it is
-    told apart from what shuffled labels reach.
-    """
-    order = unit.argsort(stable=True)
-    token, unit = token[order], unit[order]
-    fired = torch.bincount(unit, minlength=n)
-    found = [_best(token, unit, fired, codes) for codes in columns.values()]
-    f1, value, hits, total = (torch.stack(part) for part in zip(*found, strict=True))
-    column = f1.argmax(0, keepdim=True)
-    f1, value, hits, total = (part.gather(0, column)[0] for part in (f1, value, hits, total))
-    chance, draw = torch.zeros(n), torch.Generator().manual_seed(seed)
-    for _ in range(shuffles):
-        moved = torch.randperm(len(next(iter(columns.values()))), generator=draw)[token]
-        for codes in columns.values():
-            chance = torch.maximum(chance, _best(moved, unit, fired, codes)[0])
-    none = f1 == 0
-    return Matches(
-        column=column[0].masked_fill(none, -1),
-        value=value.masked_fill(none, -1),
-        f1=f1,
-        precision=hits / fired.clamp_min(1),
-        recall=hits / total.clamp_min(1),
-        chance=chance,
-    )
-
-
-def _best(token: Tensor, unit: Tensor, fired: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of one column: each unit's best F1, the value that has it, hits, and tokens with that value."""
-    # Column 0 of a table is for tokens that have no value; every code stands one further on.
-    width = max(int(codes.max()), 0) + 2
-    total = torch.bincount(codes + 1, minlength=width)[1:]
-    step, parts = max(1, _TABLE // width), []
-    for first in range(0, len(fired), step):
-        count = min(step, len(fired) - first)
-        mine = slice(*torch.searchsorted(unit, torch.tensor([first, first + count])).tolist())
-        places = (unit[mine] - first) * width + codes[token[mine]] + 1
-        hits = torch.bincount(places, minlength=count * width).view(count, width)[:, 1:]
-        best = (2 * hits / (fired[first : first + count, None] + total).clamp_min(1)).max(1)
-        parts.append((best.values, best.indices, hits.gather(1, best.indices[:, None])[:, 0], total[best.indices]))
-    f1, value, hits, totals = (torch.cat(part) for part in zip(*parts, strict=True))
-    return f1, value, hits, totals

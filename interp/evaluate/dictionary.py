@@ -6,7 +6,7 @@ Figures are ratios of sums over rows of tokens. Their intervals, at 95 %, are no
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -21,6 +21,7 @@ from interp.core.site import Site
 from interp.core.where import Where
 from interp.data.tokens import TokenBlock, TokenSource
 from interp.dictionaries.base import Dictionary
+from interp.evaluate.reading import counted_blocks, encoded_in_parts
 
 if TYPE_CHECKING:
     import pandas
@@ -28,10 +29,9 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["Baseline", "DictionaryEvaluation", "counted_blocks", "encoded_in_parts", "evaluate_dictionary", "place_of"]
+__all__ = ["Baseline", "DictionaryEvaluation", "evaluate_dictionary", "place_of"]
 
 _NORMAL_95 = 1.959964
-_MOST_LATENTS = 1 << 24  # so many numbers of [token d_sae] at once: 64 MiB in fp32
 
 
 @runtime_checkable
@@ -200,12 +200,12 @@ def evaluate_dictionary(
     """
     place = place_of(hm, dictionary, site)
     moments = _Moments(dictionary, pca)
-    for block, keep in counted_blocks(tokens, max_tokens, should_stop):
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: activations"):
         moments.add(hm.run(block.inputs, read=[place], logits="none")[place.name], block.mask, keep)
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
     losses = _Losses(hm, dictionary, place, moments.mean, pca)
-    for block, keep in counted_blocks(tokens, max_tokens, should_stop):
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: losses"):
         losses.add(block, keep)
     settings = {"site": place.name, "max_tokens": max_tokens, "special_tokens": "left out", "text": tokens.describe()}
     rows = {**moments.rows.joined(), **losses.rows.joined()}
@@ -222,48 +222,6 @@ def evaluate_dictionary(
         intervals=_intervals(rows),
         provenance=Provenance.of(hm, settings=settings),
     )
-
-
-def counted_blocks(
-    tokens: TokenSource, max_tokens: int, should_stop: Callable[[], bool] | None = None
-) -> Iterator[tuple[TokenBlock, Bool[Tensor, "row pos"]]]:
-    """Yield blocks until `max_tokens` have been given, each with the tokens that count: real and not special.
-
-    Args:
-        tokens: the text.
-        max_tokens: special tokens and pads included; the block that reaches it is the last, and whole.
-        should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
-    """
-    given = 0
-    for block in tokens.blocks():
-        if should_stop is not None and should_stop():
-            raise KeyboardInterrupt
-        keep = block.mask & ~block.special
-        if bool(keep.any()):
-            yield block, keep
-        given += block.ids.numel()
-        if given >= max_tokens:
-            return
-
-
-def encoded_in_parts(
-    dictionary: Dictionary, x: Float[Tensor, "row pos d_in"]
-) -> Iterator[tuple[slice, Float[Tensor, "part pos d_sae"]]]:
-    """Yield the latents of some rows at a time, so that no more than 64 MiB of them (in fp32) are held at once.
-
-    Args:
-        dictionary: any dictionary.
-        x: activations.
-
-    Returns:
-        Which rows, and their latents; at least one row at a time.
-    """
-    step = max(1, _MOST_LATENTS // (x.shape[1] * dictionary.cfg.d_sae))
-    for start in range(0, len(x), step):
-        part = slice(start, min(start + step, len(x)))
-        with torch.no_grad():
-            latents = dictionary.encode(x[part])
-        yield part, latents
 
 
 def place_of(hm: "HookManager", dictionary: Dictionary, site: str | Site | None = None) -> Site:

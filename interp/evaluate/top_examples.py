@@ -1,19 +1,17 @@
 """What makes a dictionary's latents fire: their strongest and weaker contexts, what they write, and what they match.
 
-A context is a window of tokens around the one where a latent is most active in a document's piece of a row: at most
-one per piece, and none that reads the same as another. All statistics leave special tokens out.
+All statistics leave special tokens out.
 """
 
 import importlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -21,11 +19,12 @@ from interp.core.decompose import effect_on_logits
 from interp.core.errors import DataError
 from interp.core.result import Provenance, Result, token_names
 from interp.core.site import Site
-from interp.data.tokens import Cursor, TokenBlock, TokenSource
+from interp.data.tokens import TokenBlock
 from interp.dictionaries.base import Dictionary
-from interp.evaluate.baseline import best_matches
-from interp.evaluate.dictionary import counted_blocks, encoded_in_parts, place_of
-from interp.testbed.text import LabelledTokens, label_values
+from interp.evaluate.contexts import Contexts
+from interp.evaluate.dictionary import place_of
+from interp.evaluate.matching import label_matches
+from interp.evaluate.reading import Reading, encoded_in_parts
 
 if TYPE_CHECKING:
     import pandas
@@ -35,13 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = ["TopExamples", "top_examples"]
 
-_QUANTILES, _LOWER, _SAMPLE = (0.5, 0.1), 3, 40  # of the weaker contexts: which, how many of each, out of how many
 _PER_OCTAVE, _LOWEST, _BINS = 4, -16, 128  # histogram bins: 2^(-16), 2^(-15.75), … 2^16
 _WRITERS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-_DEFAULT, _LISTED, _ROWS = 100, 10, 32  # latents to choose; tokens at each end of what one writes; rows per forward
+_DEFAULT, _LISTED = 100, 10  # latents to choose; tokens at each end of what one writes
 _COLUMNS = ("ids", "mask", "special", "doc", "pos")
-# Codes of these labels mean something only within a task, or say how the text was drawn; "open" is most of all tokens.
-_UNNAMED, _OPEN = ("template", "held_out"), ("answer", 0)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -203,14 +199,14 @@ def top_examples(
     place = place_of(hm, dictionary, site)
     if n_examples < 1 or context < 0 or max_tokens < 1:
         raise DataError(f"n_examples={n_examples}, context={context}, max_tokens={max_tokens}: at least 1, 0 and 1")
-    text = _Text(hm, data, max_tokens)
+    text = Reading(hm, data, max_tokens)
     wanted = _DEFAULT if latents is None else latents
     if isinstance(wanted, int):
         chosen = _spread(*_scan(hm, dictionary, text, place), wanted)
     else:
         chosen = _checked(wanted, dictionary)
     watch = _Watch(chosen.to(hm.device), dictionary.cfg.d_sae, n_examples, context)
-    for block, keep, labels in text.blocks():
+    for block, keep, labels in text.blocks("looking at latents"):
         x = hm.run(block.inputs, read=[place], logits="none")[place.name]
         for part, active in encoded_in_parts(dictionary, x):
             columns = {name: codes[part] for name, codes in labels.items()}
@@ -218,7 +214,7 @@ def top_examples(
             watch.add(active, keep[part], rows, columns)
     if watch.n == 0:
         raise DataError(f"{text.describe()} has no token that counts; give more text")
-    found = {**watch.figures(), **_writes(hm, dictionary, place, chosen), **watch.matches(hm)}
+    found = {**watch.figures(hm), **_writes(hm, dictionary, place, chosen)}
     shown = torch.cat([found[name].flatten() for name in ("ids", "raised", "lowered")]).unique()
     shown = shown[shown >= 0]
     settings = {"site": place.name, "n_examples": n_examples, "context": context, "max_tokens": max_tokens}
@@ -231,47 +227,6 @@ def top_examples(
     )
 
 
-class _Text:
-    """Text as blocks, with the labels of its tokens, if it has any."""
-
-    def __init__(self, hm: "HookManager", data: Any, max_tokens: int) -> None:
-        self.hm, self.max_tokens, self.labelled = hm, max_tokens, data if isinstance(data, LabelledTokens) else None
-        if self.labelled is not None and self.labelled.ids.ndim != 2:
-            raise DataError(f"labelled tokens have shape {tuple(self.labelled.ids.shape)}; give rows, [row pos]")
-        if self.labelled is None:
-            self.tokens = data if isinstance(data, TokenSource) else TokenSource(data, hm.tokenizer)
-
-    def describe(self) -> str:
-        """A short name of it."""
-        if self.labelled is None:
-            return str(self.tokens.documents.describe())
-        return f"{len(self.labelled.ids)} labelled rows of {self.labelled.ids.shape[1]} tokens"
-
-    def blocks(self) -> Iterator[tuple[TokenBlock, Bool[Tensor, "row pos"], Mapping[str, Tensor]]]:
-        """Blocks, which of their tokens count, and their labels."""
-        if self.labelled is None:
-            for block, keep in counted_blocks(self.tokens, self.max_tokens):
-                yield block, keep, {}
-            return
-        width = self.labelled.ids.shape[1]
-        rows = min(len(self.labelled.ids), -(-self.max_tokens // width))
-        documents = 0
-        for part in (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)):
-            block = self._block(self.labelled.ids[part], documents)
-            documents = int(block.doc.max()) + 1
-            yield block, ~block.special, {name: codes[part] for name, codes in self.labelled.labels.items()}
-
-    def _block(self, ids: Int[Tensor, "row pos"], documents: int) -> TokenBlock:
-        """Rows that each begin a document, which goes on to the next BOS."""
-        bos = getattr(self.hm.tokenizer, "bos_token_id", None)
-        starts = ids == (-1 if bos is None else bos)
-        starts[:, 0] = True
-        at = torch.arange(ids.shape[1]).expand_as(ids)
-        pos = at - at.masked_fill(~starts, 0).cummax(1).values - 1
-        doc = starts.flatten().cumsum(0).view_as(ids) - 1 + documents
-        return TokenBlock(ids, torch.ones_like(starts), self.hm.special_mask(ids), doc, pos, None, Cursor())
-
-
 def _checked(latents: Sequence[int], dictionary: Dictionary) -> Int[Tensor, "n"]:
     chosen, d_sae = [int(i) for i in latents], dictionary.cfg.d_sae
     wrong = [i for i in chosen if not 0 <= i < d_sae]
@@ -282,12 +237,12 @@ def _checked(latents: Sequence[int], dictionary: Dictionary) -> Int[Tensor, "n"]
 
 
 def _scan(
-    hm: "HookManager", dictionary: Dictionary, text: _Text, place: Site
+    hm: "HookManager", dictionary: Dictionary, text: Reading, place: Site
 ) -> tuple[Int[Tensor, "d_sae"], Float[Tensor, "d_sae"]]:
     """On how many tokens each latent fires, and how strongly at most."""
     firing = torch.zeros(dictionary.cfg.d_sae, dtype=torch.long, device=hm.device)
     largest = firing.float()
-    for block, keep, _ in text.blocks():
+    for block, keep, _ in text.blocks("choosing latents"):
         x = hm.run(block.inputs, read=[place], logits="none")[place.name]
         for part, active in encoded_in_parts(dictionary, x):
             active = active.float().masked_fill(~keep[part][..., None].to(x.device), 0)
@@ -329,86 +284,16 @@ def _writes(
     return {"raised": raised, "raised_by": up, "lowered": lowered, "lowered_by": -down}
 
 
-class _Windows:
-    """The surroundings of every token of some rows, each within its document's piece of its row."""
-
-    def __init__(self, rows: TokenBlock, context: int, device: torch.device) -> None:
-        ids, doc = rows.ids.to(device), rows.doc.to(device)
-        starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = doc[:, 1:] != doc[:, :-1]
-        self.piece = starts.flatten().cumsum(0) - 1
-        at = torch.arange(ids.numel(), device=device)[:, None] + torch.arange(-context, context + 1, device=device)
-        self.near = at.clamp(0, ids.numel() - 1)
-        inside = (at == self.near) & (self.piece[self.near] == self.piece[:, None])
-        inside &= rows.mask.to(device).flatten()[self.near]
-        self.ids = ids.flatten()[self.near].masked_fill(~inside, -1)
-        self.silent = ~inside | rows.special.to(device).flatten()[self.near]
-        # Windows are told apart by 64 bits: a wrapping sum of their ids, each times an odd number of its place.
-        odd = torch.randint(1, 1 << 62, (2 * context + 1,), generator=torch.Generator().manual_seed(1)) * 2 + 1
-        self.key = ((self.ids + 2) * odd.to(device)).sum(1)
-        # The same text always has the same lot, in (0, 1]: 24 bits, which fp32 holds.
-        mixed = (self.key ^ (self.key >> 29)) * -0x40A7B892E31B1A47
-        self.lot = (((mixed >> 37) & 0xFFFFFF) + 1).float() / (1 << 24)
-        self.doc, self.pos = doc.flatten(), rows.pos.to(device).flatten()
-
-
-class _Best:
-    """For each latent, the contexts of the largest rank so far: one per piece, none that reads like another."""
-
-    def __init__(self, n: int, size: int, width: int, device: torch.device) -> None:
-        self.rank = torch.full((n, size), -torch.inf, device=device)
-        self.key, self.doc, self.pos = (torch.zeros(n, size, dtype=torch.long, device=device) for _ in range(3))
-        self.ids = torch.full((n, size, width), -1, device=device)
-        self.activations = torch.full((n, size, width), torch.nan, device=device)
-
-    def offer(self, rank: Float[Tensor, "token n"], active: Float[Tensor, "token n"], windows: _Windows) -> None:
-        """Take in some tokens; those of rank 0 are not meant."""
-        (many, n), size = rank.shape, self.rank.shape[1]
-        piece = windows.piece[:, None].expand(many, n)
-        best = rank.new_zeros(int(windows.piece[-1]) + 1, n).scatter_reduce(0, piece, rank, "amax")
-        number = torch.arange(many, device=rank.device)[:, None].expand(many, n)
-        peak = number.masked_fill((rank != best.gather(0, piece)) | (rank <= 0), many)
-        first = torch.full_like(best, many, dtype=torch.long).scatter_reduce(0, piece, peak, "amin").T
-        fresh = best.T.masked_fill(first == many, -torch.inf)
-        first = first.clamp(max=many - 1)
-        keys = torch.cat([self.key, windows.key[first]], 1)
-        self.rank, order = _largest(torch.cat([self.rank, fresh], 1), keys, size)
-        old, slot, token = order < size, order.clamp(max=size - 1), first.gather(1, (order - size).clamp_min(0))
-        near, latent = windows.near[token], torch.arange(n, device=rank.device)[:, None, None]
-        seen = active[near, latent].masked_fill(windows.silent[token], torch.nan)
-        wide = slot[..., None].expand_as(near)
-        self.ids = torch.where(old[..., None], self.ids.gather(1, wide), windows.ids[token])
-        self.activations = torch.where(old[..., None], self.activations.gather(1, wide), seen)
-        for name in ("key", "doc", "pos"):
-            now = torch.where(old, getattr(self, name).gather(1, slot), getattr(windows, name)[token])
-            setattr(self, name, now)
-
-
-def _largest(
-    rank: Float[Tensor, "n c"], key: Int[Tensor, "n c"], size: int
-) -> tuple[Float[Tensor, "n size"], Int[Tensor, "n size"]]:
-    """The largest ranks in order and their places, each key once; of equals the earlier one."""
-    order = rank.argsort(dim=1, descending=True, stable=True)
-    keys = key.gather(1, order)
-    by_key = keys.argsort(dim=1, stable=True)
-    again = torch.zeros_like(keys, dtype=torch.bool)
-    again[:, 1:] = keys.gather(1, by_key).diff(dim=1) == 0
-    repeated = torch.zeros_like(again).scatter(1, by_key, again)
-    once = rank.gather(1, order).masked_fill(repeated, -torch.inf)
-    kept = once.argsort(dim=1, descending=True, stable=True)[:, :size]
-    return once.gather(1, kept), order.gather(1, kept)
-
-
 class _Watch:
     """Everything that is gathered about the chosen latents in one pass."""
 
     def __init__(self, chosen: Int[Tensor, "n"], d_sae: int, n_examples: int, context: int) -> None:
-        self.chosen, self.n_examples, self.context, self.n = chosen, n_examples, context, 0
-        n, device, width = len(chosen), chosen.device, 2 * context + 1
+        n, device = len(chosen), chosen.device
+        self.chosen, self.n = chosen, 0
         self.firing = torch.zeros(d_sae, dtype=torch.long, device=device)
         self.largest, self.total = torch.zeros(n, device=device), torch.zeros(n, dtype=torch.float64, device=device)
         self.histogram = torch.zeros(n * _BINS, dtype=torch.long, device=device)
-        self.strongest, self.sample = (_Best(n, size, width, device) for size in (n_examples, _SAMPLE))
+        self.contexts = Contexts(n, n_examples, context, device)
         self.tokens: list[Tensor] = []
         self.labels: dict[str, list[Tensor]] = {}
         self.fired: list[tuple[Tensor, Tensor]] = []
@@ -429,9 +314,7 @@ class _Watch:
         token, latent = (mine > 0).nonzero().T
         bins = (_PER_OCTAVE * (mine[token, latent].log2() - _LOWEST)).floor().long().clamp(0, _BINS - 1)
         self.histogram += torch.bincount(latent * _BINS + bins, minlength=len(self.histogram))
-        windows = _Windows(rows, self.context, active.device)
-        self.strongest.offer(mine, mine, windows)
-        self.sample.offer(torch.where(mine > 0, windows.lot[:, None], 0), mine, windows)
+        self.contexts.offer(mine, rows)
         number = counted.flatten().cumsum(0) - 1 + self.n
         self.fired.append((number[token].cpu(), latent.cpu()))
         self.tokens.append(rows.ids[keep])
@@ -439,10 +322,11 @@ class _Watch:
             self.labels.setdefault(name, []).append(codes[keep])
         self.n += int(keep.sum())
 
-    def figures(self) -> dict[str, Any]:
-        """Statistics and contexts, on the host."""
+    def figures(self, hm: "HookManager") -> dict[str, Any]:
+        """Statistics, contexts and matches, on the host."""
         histogram = self.histogram.view(-1, _BINS).cpu()
-        contexts = [self._contexts(i) for i in range(len(self.chosen))]
+        token, latent = (torch.cat(column) for column in zip(*self.fired, strict=True))
+        labels = {name: torch.cat(parts) for name, parts in self.labels.items()}
         return {
             "n_tokens": self.n,
             "firing": self.firing.cpu(),
@@ -450,51 +334,6 @@ class _Watch:
             "mean_activation": (self.total.cpu() / histogram.sum(1)).float(),
             "histogram": histogram,
             "edges": torch.exp2(torch.arange(_BINS + 1) / _PER_OCTAVE + _LOWEST),
-            **{name: torch.stack([c[name] for c in contexts]) for name in contexts[0]},
+            **self.contexts.tables(),
+            **label_matches(hm, token, latent, ids=torch.cat(self.tokens), labels=labels, n=len(self.chosen)),
         }
-
-    def matches(self, hm: "HookManager") -> dict[str, Any]:
-        """What each latent matches best among the tokens themselves and their labels."""
-        tokens = torch.cat(self.tokens)
-        columns: dict[str, Tensor] = {"token": tokens}
-        for name, parts in self.labels.items():
-            codes = torch.cat(parts)
-            if name not in _UNNAMED:
-                columns[name] = codes.masked_fill(codes == _OPEN[1], -1) if name == _OPEN[0] else codes
-        token, latent = (torch.cat(column) for column in zip(*self.fired, strict=True))
-        found = best_matches(token, latent, columns, n=len(self.chosen))
-        texts = token_names(hm, found.value.clamp(min=0))
-        label = [
-            _said(list(columns)[c], v, t) if v >= 0 else "" for c, v, t in zip(*found.places(), texts, strict=True)
-        ]
-        figures = {name: getattr(found, name) for name in ("f1", "precision", "recall", "chance", "claimed")}
-        return {"label": label, **figures}
-
-    def _contexts(self, i: int) -> dict[str, Tensor]:
-        """The strongest contexts of one latent, then those of the sample that are nearest to each quantile."""
-        best, sample, middle = self.strongest, self.sample, self.context
-        values = sample.activations[i, :, middle].masked_fill(sample.rank[i].isneginf(), torch.nan)
-        left = ~values.isnan() & ~torch.isin(sample.key[i], best.key[i])
-        band, picks = [torch.where(best.rank[i].isneginf(), -1, 0)], []
-        for number, quantile in enumerate(_QUANTILES, 1):
-            off = (values - values.nanquantile(quantile)).abs().masked_fill(~left, torch.inf)
-            near = off.argsort(stable=True)[: min(_LOWER, int(left.sum()))]
-            left[near] = False
-            picks.append(near[values[near].argsort(descending=True, stable=True)])
-            band.append(torch.full_like(near, number))
-        chosen, bands = torch.cat(picks), torch.cat(band)
-        spare = (0, self.n_examples + _LOWER * len(_QUANTILES) - len(bands))
-        found = {"band": F.pad(bands, spare, value=-1).cpu()}
-        for name, fill in (("ids", -1), ("activations", math.nan), ("doc", -1), ("pos", -1)):
-            held = torch.cat([getattr(best, name)[i], getattr(sample, name)[i][chosen]])
-            held = F.pad(held, (0, 0) * (held.ndim - 1) + spare).cpu()
-            held[found["band"] < 0] = fill
-            found[name] = held
-        return found
-
-
-def _said(name: str, value: int, token: str) -> str:
-    if name == "token":
-        return f"token {token!r}"
-    values = label_values(name)
-    return f"{name} {values[value] if values else value}"

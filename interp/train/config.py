@@ -163,6 +163,12 @@ class EvaluationOptions(Settings):
 
     tokens: int = Field(default=100_000, gt=0, description="tokens to run, special ones included")
     data: str | None = Field(default=None, description="text to use instead of documents held out of the training text")
+    pca_rank: int | None = Field(
+        default=None,
+        ge=0,
+        description="rank of a PCA that is fitted on as many tokens of the training text and measured beside; by "
+        "default k, 0 for none",
+    )
 
 
 class TrainConfig(Settings):

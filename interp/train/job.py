@@ -18,6 +18,7 @@ from interp.data.documents import Part
 from interp.data.store import ActivationStore, StreamState
 from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
+from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.checkpoint import SavedState, differences, digest
 from interp.train.config import TrainConfig
@@ -274,16 +275,21 @@ class _Job:
     def measured(self) -> DictionaryEvaluation | None:
         """Measure on held-out text; None when a signal came before the end."""
         cfg, tokens = self.cfg, _tokens(self.cfg, self.hm, "held_out")
+        common: Any = {"max_tokens": cfg.evaluation.tokens, "should_stop": self.stop}
+        rank = self.dictionary.cfg.k if cfg.evaluation.pca_rank is None else cfg.evaluation.pca_rank
         try:
-            evaluation = evaluate_dictionary(
-                self.hm, self.dictionary, tokens, self.site, max_tokens=cfg.evaluation.tokens, should_stop=self.stop
-            )
+            pca = self._pca(rank, common) if rank else None
+            evaluation = evaluate_dictionary(self.hm, self.dictionary, tokens, self.site, pca=pca, **common)
         except KeyboardInterrupt:
             return None
         of_training = f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
         text = cfg.evaluation.data or of_training
         self.folder.evaluation({**evaluation.scalars(), "text": text, "special_tokens": "left out"})
         return evaluation
+
+    def _pca(self, rank: int, common: dict[str, Any]) -> PCA:
+        rank = min(rank, self.dictionary.cfg.d_in)
+        return fit_pca(self.hm, _tokens(self.cfg, self.hm, "train"), self.site, rank=rank, **common)
 
     def origin(self) -> dict[str, Any]:
         """Where the run comes from, for its record."""
@@ -338,7 +344,7 @@ def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
 
 def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
-    free: Any = {"out": True, "device": True, "evaluation": {"tokens"}, "train": {"checkpoint_every"}}
+    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
     return {
         "format": 1,
         **cfg.model_dump(mode="json", exclude=free),

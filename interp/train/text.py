@@ -1,7 +1,5 @@
 """The text that a dictionary is trained and measured on: what settings name, as rows of tokens."""
 
-from collections.abc import Iterator
-from itertools import count
 from typing import TYPE_CHECKING
 
 from interp.data.documents import Documents, Part
@@ -16,25 +14,17 @@ __all__ = ["WorldTexts", "token_source"]
 
 
 class WorldTexts:
-    """The small world's training text as documents without end; `data: testbed` stands for it.
+    """The small world's training text as documents by number, without end; `data: testbed` stands for it.
 
     Document `i` is a function of `i` alone. The task whose passages hold random bytes is left out, as bytes do not
     survive being text.
-
-    Args:
-        start: number of the first document.
     """
 
-    def __init__(self, start: int = 0) -> None:
-        self.start = start
+    def __init__(self) -> None:
         self._text = Text("dictionary", tasks=[name for name in TASKS if name != "repeat"])
 
-    def __iter__(self) -> Iterator[str]:
-        return (self._text.document(i).text for i in count(self.start))
-
-    def skip(self, n: int) -> "WorldTexts":
-        """The same without the first `n`, which are not made."""
-        return WorldTexts(self.start + n)
+    def __getitem__(self, index: int) -> str:
+        return self._text.document(index).text
 
 
 def token_source(

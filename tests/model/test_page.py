@@ -15,6 +15,7 @@ from interp.data.store import Batch
 from interp.data.tokens import TokenSource
 from interp.dictionaries.base import SAE, DictionaryConfig, Losses
 from interp.evaluate import dictionary as evaluation
+from interp.evaluate import reading
 from interp.evaluate.baseline import fit_pca
 from interp.evaluate.dictionary import evaluate_dictionary, place_of
 from interp.evaluate.top_examples import TopExamples, top_examples
@@ -141,7 +142,7 @@ def test_the_strongest_contexts_are_those_that_a_count_by_hand_finds(
         assert set(got) <= set(expected)
         assert len({window for _, window in got}) == len(got)
     # The same, whatever part of a block is encoded at once.
-    monkeypatch.setattr(evaluation, "_MOST_LATENTS", 24 * 7)
+    monkeypatch.setattr(reading, "_MOST_LATENTS", 24 * 7)
     again = look(sae, tokens, latents=list(range(7)))
     for name in ("ids", "band", "doc", "pos", "firing", "histogram"):
         assert torch.equal(getattr(found, name), getattr(again, name)), name

@@ -141,6 +141,26 @@ def test_a_list_a_text_file_json_lines_a_folder_and_a_dataset_give_the_same_text
     assert list(streamed.read()) == expected and list(streamed.read(3)) == expected[3:]
 
 
+def test_a_source_by_number_is_asked_for_the_documents_of_its_part_alone() -> None:
+    class ByNumber:
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def __getitem__(self, index: int) -> str:
+            self.asked.append(index)
+            return f"w{index}"
+
+    texts = ByNumber()
+    held_out = Documents(texts, part="held_out", hold_out_every=5, rank=1, world_size=2).read(7)
+    assert [next(held_out) for _ in range(2)] == [(9, "w9"), (19, "w19")]
+    assert texts.asked == [9, 19]
+
+
+def test_a_dict_of_splits_is_refused_with_their_names() -> None:
+    with pytest.raises(DataError, match=r"got dict; choose one of .'train', 'test'."):
+        next(Documents({"train": TEXTS, "test": TEXTS}).read())
+
+
 def test_only_as_many_documents_as_needed_are_read() -> None:
     class Endless:
         def __init__(self) -> None:

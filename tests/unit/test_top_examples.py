@@ -14,8 +14,9 @@ from torch import Tensor
 
 from interp.core.errors import ArtifactError, DataError
 from interp.core.result import Provenance
-from interp.evaluate import baseline
-from interp.evaluate.baseline import PCA, best_matches
+from interp.evaluate import matching
+from interp.evaluate.baseline import PCA
+from interp.evaluate.matching import best_matches
 from interp.evaluate.top_examples import TopExamples
 from interp.report import dictionary_page as pages
 from interp.report.dictionary_page import RunRecord, dictionary_page, framed_page, write_dictionary_page
@@ -69,7 +70,7 @@ def random_columns(n: int, seed: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("table", [1 << 24, 300])
 def test_the_best_match_is_the_one_that_counting_by_hand_finds(table: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baseline, "_TABLE", table)
+    monkeypatch.setattr(matching, "_TABLE", table)
     columns = random_columns(400, seed=1)
     rates = torch.tensor([0.0, 0.003, 0.02, 0.1, 0.5, 1.0])
     active = torch.rand(400, 6, generator=torch.Generator().manual_seed(2)) < rates

@@ -231,6 +231,33 @@ def test_auxk_is_zero_and_finite_without_dead_latents_and_without_an_error() -> 
     assert all(bool(p.grad.isfinite().all()) for p in sae.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
+def test_the_first_weights_are_the_multiple_with_the_smallest_error(apply_b_dec_to_input: bool) -> None:
+    x = torch.randn(300, 12) @ torch.randn(12, 12) + torch.randn(12)
+    # Many latents at a time: the transpose itself would give a reconstruction several times too large.
+    sae = random_sae(d_sae=200, k=40, apply_b_dec_to_input=apply_b_dec_to_input)
+    sae.init_from(x, seed=1)
+    torch.testing.assert_close(sae.b_dec, x.mean(0))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(200))
+    factor = (sae.W_enc / sae.W_dec.T).detach()
+    torch.testing.assert_close(factor, factor[:1, :1].expand_as(factor))
+
+    def fvu(times: float) -> float:
+        other = random_sae(d_sae=200, k=40, apply_b_dec_to_input=apply_b_dec_to_input)
+        other.load_state_dict({**sae.state_dict(), "W_enc": sae.W_enc * times})
+        return float(other.loss(Batch(x=x)).fvu)
+
+    best = fvu(1)
+    assert best < 1 < fvu(1 / float(factor[0, 0]))
+    assert best < fvu(1.02) and best < fvu(0.98)
+
+
+def test_of_constant_activations_the_first_weights_are_finite() -> None:
+    sae = random_sae()
+    sae.init_from(torch.ones(7, 12), seed=0)
+    assert all(bool(p.isfinite().all()) for p in sae.parameters()) and bool(sae.W_enc.any())
+
+
 def test_folding_the_scale_gives_the_same_reconstruction_of_raw_activations() -> None:
     sae, x = random_sae(), torch.randn(50, 12)
     expected, latents = sae(3.7 * x) / 3.7, sae.encode(3.7 * x)
