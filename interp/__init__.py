@@ -41,12 +41,14 @@ if TYPE_CHECKING:
     from interp.data.pairs import PromptPairs
     from interp.data.store import ActivationStore
     from interp.dictionaries.base import SAE
+    from interp.evaluate.dictionary import evaluate_dictionary
     from interp.evaluate.pairs import pair_accuracy
     from interp.evaluate.top_examples import top_examples
     from interp.lens.logit_lens import logit_lens
     from interp.patching.activation import activation_patch
     from interp.probing.induction import induction_scores
     from interp.report.attention import show_attention
+    from interp.report.latents import show_latents
     from interp.report.tokens import show_tokens
 
 __version__ = "0.1.0"
@@ -87,12 +89,14 @@ _NAMES_BY_MODULE = {
     "data.pairs": ("PromptPairs",),
     "data.store": ("ActivationStore",),
     "dictionaries.base": ("SAE",),
+    "evaluate.dictionary": ("evaluate_dictionary",),
     "evaluate.pairs": ("pair_accuracy",),
     "evaluate.top_examples": ("top_examples",),
     "lens.logit_lens": ("logit_lens",),
     "patching.activation": ("activation_patch",),
     "probing.induction": ("induction_scores",),
     "report.attention": ("show_attention",),
+    "report.latents": ("show_latents",),
     "report.tokens": ("show_tokens",),
 }
 _HOMES = {name: f"interp.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
@@ -130,11 +134,13 @@ __all__ = [
     "WhereError",
     "__version__",
     "activation_patch",
+    "evaluate_dictionary",
     "induction_scores",
     "logit_diff",
     "logit_lens",
     "pair_accuracy",
     "show_attention",
+    "show_latents",
     "show_tokens",
     "top_examples",
 ]

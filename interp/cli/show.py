@@ -80,8 +80,9 @@ def _text(run: OpenRun, tokens: int) -> Any:
     if run.data not in (None, "testbed") or not _of_the_world(run.hm):
         return run.tokens("held_out")
     from interp.testbed.text import Text
+    from interp.train.text import WORLD_TASKS
 
-    return Text("page").labelled_rows(-(-tokens // run.text.ctx), run.text.ctx)
+    return Text("page", tasks=WORLD_TASKS).labelled_rows(-(-tokens // run.text.ctx), run.text.ctx)
 
 
 def _of_the_world(hm: "HookManager") -> bool:

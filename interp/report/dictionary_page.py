@@ -15,32 +15,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
 
 from interp.core.errors import ArtifactError, DataError
-from interp.core.result import atomic_write, token_names
+from interp.core.result import atomic_write
 from interp.core.site import Site
-from interp.report.html import View, json_block, render, visible
-from interp.report.tokens import show_tokens
+from interp.report.html import json_block, render, visible
 
 if TYPE_CHECKING:
-    from interp.core.manager import HookManager
     from interp.evaluate.top_examples import TopExamples
 
-__all__ = ["RunRecord", "dictionary_page", "framed_page", "latent_on_prompt", "write_dictionary_page"]
+__all__ = ["RunRecord", "dictionary_page", "framed_page", "write_dictionary_page"]
 
 _MOST_BYTES = 30 * 2**20
 _MOST_POINTS = 400
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 196, 44, 394, 12, 160
 _BARS_PER_DECADE = 4
+# The first is how the page opens: latents with a plain meaning before dense ones without.
 _ORDERS = {
+    "f1": "match with a label (F1)",
     "density": "how often it fires",
     "max": "largest activation",
     "mean": "mean when active",
-    "f1": "match with a label (F1)",
     "logit": "logit it raises most",
     "id": "number",
 }
@@ -159,53 +157,6 @@ def framed_page(examples: "TopExamples") -> Markup:
     framed = html.escape(dictionary_page(examples, framed=True))
     style = "width:100%;height:760px;border:0"
     return Markup(f'<iframe sandbox="allow-scripts" title="Latents" style="{style}" srcdoc="{framed}"></iframe>')
-
-
-def latent_on_prompt(
-    hm: "HookManager",
-    dictionary: Any,
-    text: Any,
-    latents: Sequence[int] | int,
-    *,
-    site: str | Site | None = None,
-) -> View:
-    """Show what latents do on a text of one's own, token by token.
-
-    Args:
-        hm: the manager of the model.
-        dictionary: a dictionary of raw activations, with `encode` and `cfg`.
-        text: whatever `hm.run` takes.
-        latents: one latent or several.
-        site: where the dictionary acts; None for where it was trained.
-
-    Returns:
-        A view, each latent with its own scale; special tokens have no value.
-
-    Raises:
-        DataError: no site is known, a latent is not there, or the run had no tokens.
-        ShapeError: activations that the dictionary does not read.
-    """
-    chosen, d_sae = [latents] if isinstance(latents, int) else [int(i) for i in latents], dictionary.cfg.d_sae
-    known = site if site is not None else dictionary.cfg.metadata.get("hook_name")
-    if known is None:
-        raise DataError("the dictionary does not say where it was trained; give site='3.resid_post', or another")
-    if not chosen or not all(0 <= i < d_sae for i in chosen):
-        raise DataError(f"latents={chosen}: the dictionary has latents 0 … {d_sae - 1}; name at least one of them")
-    place = Site(known)
-    out = hm.run(text, read=[place], logits="none")
-    if out.tokens is None or out.mask is None:
-        raise DataError("this forward was given embeddings, so there are no tokens to show; give text or tokens")
-    with torch.no_grad():
-        encoded = dictionary.encode(out[place.name].to(dictionary.W_enc.device))
-    tokens, mask, special = out.tokens.cpu(), out.mask.cpu(), hm.special_mask(out.tokens).cpu()
-    words = [token_names(hm, row[real]) for row, real in zip(tokens, mask, strict=True)]
-    views = []
-    for latent in chosen:
-        values = encoded[..., latent].double().cpu().masked_fill(special, math.nan)
-        rows = [row[real].tolist() for row, real in zip(values, mask, strict=True)]
-        views.append(show_tokens(words, rows, title=f"latent {latent}"))
-    shown = Markup("").join(view.fragment for view in views)
-    return View("Latents on a prompt", shown, "\n\n".join(f"{view.title}\n{view}" for view in views))
 
 
 def _lines(text: str) -> tuple[Any, ...]:

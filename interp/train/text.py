@@ -10,18 +10,20 @@ from interp.train.config import TextOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["WorldTexts", "token_source"]
+__all__ = ["WORLD_TASKS", "WorldTexts", "token_source"]
+
+# The task whose passages hold random bytes is left out, as bytes do not survive being text.
+WORLD_TASKS = tuple(name for name in TASKS if name != "repeat")
 
 
 class WorldTexts:
     """The small world's training text as documents by number, without end; `data: testbed` stands for it.
 
-    Document `i` is a function of `i` alone. The task whose passages hold random bytes is left out, as bytes do not
-    survive being text.
+    Document `i` is a function of `i` alone; see `WORLD_TASKS`.
     """
 
     def __init__(self) -> None:
-        self._text = Text("dictionary", tasks=[name for name in TASKS if name != "repeat"])
+        self._text = Text("dictionary", tasks=WORLD_TASKS)
 
     def __getitem__(self, index: int) -> str:
         return self._text.document(index).text

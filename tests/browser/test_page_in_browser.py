@@ -117,14 +117,14 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Opened]:
     given.context.close()
 
 
-def test_it_opens_with_the_latents_that_fire_most_and_shows_the_first(opened: Opened) -> None:
-    assert opened.numbers() == [70, 60, 50, 40, 30, 20, 10, 0]
-    assert opened.shown() == "Latent 70"
+def test_it_opens_with_the_best_matches_and_shows_the_first(opened: Opened) -> None:
+    assert opened.numbers() == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert opened.shown() == "Latent 0"
     page = opened.page
     assert page.locator(".card").count() == 3 and page.locator("figure svg").count() == 3
     assert page.locator("#latent .context").count() == 2
     peak = page.locator("#latent .context .token.peak").first
-    assert peak.text_content() == PLAIN[7 % 6] and "a20" in (peak.get_attribute("class") or "")
+    assert peak.text_content() == PLAIN[0] and "a20" in (peak.get_attribute("class") or "")
     # The weaker context is shaded in proportion to the latent's largest activation.
     assert "a10" in (page.locator("#latent .context .token.peak").nth(1).get_attribute("class") or "")
     assert page.locator("#latent rect.column").count() == 3
@@ -149,7 +149,7 @@ def test_search_finds_numbers_labels_and_tokens(opened: Opened) -> None:
         "30": [30],
         "#30": [30],
         "token ' ball'": [30],
-        "mary gave the": [70, 60, 50, 30, 20, 10, 0],
+        "mary gave the": [0, 10, 20, 30, 50, 60, 70],
         "nothing like it": [],
         "#3": [],
     }.items():
@@ -170,12 +170,12 @@ def test_the_keyboard_is_enough(opened: Opened) -> None:
     assert opened.page.evaluate("document.activeElement.id") == "search"
     keyboard.press("ArrowDown")
     keyboard.press("ArrowDown")
-    assert opened.shown() == "Latent 60"
+    assert opened.shown() == "Latent 10"
     assert opened.page.evaluate("document.activeElement.getAttribute('aria-selected')") == "true"
     keyboard.press("End")
-    assert opened.shown() == "Latent 0"
+    assert opened.shown() == "Latent 70"
     keyboard.press("Home")
-    assert opened.shown() == "Latent 70" and opened.page.url.endswith("#latent-70")
+    assert opened.shown() == "Latent 0" and opened.page.url.endswith("#latent-0")
 
 
 def test_a_link_to_a_latent_opens_it(opened: Opened) -> None:
@@ -204,7 +204,7 @@ def test_hostile_tokens_are_text_and_nothing_else(browser: Any, tmp_path: Path) 
     given = Opened(browser, write_dictionary_page(tmp_path / "page.html", examples(HOSTILE)))
     given.page.mouse.move(700, 500)
     assert "owned" not in given.page.title() and given.page.locator("main").is_visible()
-    assert given.page.locator("#latent .token.peak").first.text_content() == HOSTILE[7 % 6]
+    assert given.page.locator("#latent .token.peak").first.text_content() == HOSTILE[0]
     assert given.page.locator("main img, main script, main style, #latent b script").count() == 0
     for latent in range(0, 80, 10):
         given.page.fill("#search", f"#{latent}")
@@ -243,6 +243,6 @@ def test_a_frame_in_a_notebook_works_too(browser: Any, tmp_path: Path) -> None:
     given = Opened(browser, path)
     frame = given.page.frame_locator("iframe")
     frame.locator("#list button").nth(2).click()
-    assert frame.locator("#latent h2").text_content() == "Latent 50"
+    assert frame.locator("#latent h2").text_content() == "Latent 20"
     assert given.complaints == []
     given.context.close()

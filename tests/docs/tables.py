@@ -2,14 +2,19 @@
 
 import argparse
 import ast
+import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import interp
 import tests.source as source
 from interp.cli.main import VERBS
+from interp.dictionaries.base import ARCHITECTURES
+from interp.train.config import DictionaryOptions
 
 README = source.REPO / "README.md"
 
@@ -22,10 +27,22 @@ def verbs() -> str:
 def methods() -> str:
     """The methods, a row for each public function: the call, its docstring's opening, its module's source."""
     rows = [row for path in source.modules() if path.parent.name in source.FAMILIES for row in _rows(path)]
-    return _table(("function", "what it does", "source"), rows)
+    # Of the rooms below the families, what users call by a name of `interp`.
+    below = [row for path in source.modules() if path.parent.name == "evaluate" for row in _rows(path)]
+    return _table(("function", "what it does", "source"), [row for row in below if row[0].count(".") == 1] + rows)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"methods": methods, "verbs": verbs}
+def dictionaries() -> str:
+    """The architectures that `dictionary.kind` names, a row each."""
+    rows = []
+    for kind in get_args(DictionaryOptions.model_fields["kind"].annotation):
+        module, name = ARCHITECTURES[kind]
+        text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+        rows.append((f"`{kind}`", _sentence(text), _origin(text)))
+    return _table(("`--dictionary.kind`", "what it is", "source"), rows)
+
+
+GENERATED: dict[str, Callable[[], str]] = {"dictionaries": dictionaries, "methods": methods, "verbs": verbs}
 
 
 def renewed(text: str) -> str:
@@ -45,8 +62,12 @@ def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
     for name, node in source.public_functions(path):
         if name in exported:
             home = "interp" if interp._HOMES.get(name) == source.dotted(path) else source.dotted(path)
-            sentence = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            yield f"`{home}.{name}`", sentence, origin
+            text = ast.get_docstring(node) or ""
+            yield f"`{home}.{name}`", _sentence(text), origin or _origin(text)
+
+
+def _sentence(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
 
 
 def _origin(text: str) -> str:

@@ -33,6 +33,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("readme"))
+        # What `interp train` leaves, but for the training.
+        save_a_dictionary(Path("runs/first"), d_model=128)
         for block in blocks("python"):
             exec(compile(block, "README.md", "exec"), names)
         names["folder"] = Path.cwd()
@@ -54,7 +56,6 @@ def test_the_lines_for_people_from_other_libraries_run(
     session: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(session["folder"])
-    save_a_dictionary(Path("runs/first"), session["hm"].d_model)
     lines = right_hand_lines()
     assert len(lines) > 10
     for line in lines:
@@ -71,7 +72,7 @@ def save_a_dictionary(folder: Path, d_model: int) -> None:
 
     sae = TopKSAE(TopKConfig(d_in=d_model, d_sae=32, k=4))
     sae.init_from(torch.randn(100, d_model), seed=0)
-    sae.save(folder)
+    sae.save(folder, notes={"hook_name": "blocks.2.hook_resid_post"})
 
 
 def test_the_listing_of_the_nouns_runs(session: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from interp.evaluate.baseline import fit_pca
 from interp.evaluate.dictionary import evaluate_dictionary, place_of
 from interp.evaluate.top_examples import TopExamples, top_examples
 from interp.lens.logit_lens import direction_logits
-from interp.report.dictionary_page import dictionary_page, latent_on_prompt
+from interp.report.dictionary_page import dictionary_page
+from interp.report.latents import show_latents
 from interp.testbed.text import LabelledTokens
 from tests.families import VOCAB, make, manager, word_tokenizer
 
@@ -314,13 +315,13 @@ def test_labels_that_have_nothing_to_do_with_the_text_are_not_claimed() -> None:
 
 def test_a_latent_is_shown_on_a_prompt_token_by_token() -> None:
     sae = planted({1: {17: 2.0, 0: 5.0}, 2: {4: 1.0}}, 3)
-    view = latent_on_prompt(manager("Llama"), sae, "w3 w17 w4", [1, 2])
+    view = show_latents(manager("Llama"), sae, "w3 w17 w4", [1, 2])
     lines = view.text.splitlines()
     assert lines[0] == "latent 1" and any(line.split() == ["w17", "2"] for line in lines)
     shown = [line.split() for line in lines]
     assert ["w4", "0"] in shown and ["w4", "1"] in shown
     assert view.fragment.count("latent 1") == 1 and "w17" in view.fragment
-    assert latent_on_prompt(manager("Llama"), sae, "w0 w17", 1).text.splitlines()[1].split() == ["w0", "nan"]
+    assert show_latents(manager("Llama"), sae, "w0 w17", 1).text.splitlines()[1].split() == ["w0", "nan"]
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -339,12 +340,12 @@ def test_what_cannot_be_looked_at_is_refused() -> None:
     with pytest.raises(DataError, match="give rows"):
         look(sae, LabelledTokens(torch.arange(3), {}), latents=[1])
     with pytest.raises(DataError, match=r"latents=\[9\]"):
-        latent_on_prompt(hm, sae, "w1", 9)
+        show_latents(hm, sae, "w1", 9)
     unknown = TableSAE(sae.table, notes={})
     with pytest.raises(ConfigError, match="does not say where"):
         look(unknown, tokens)
     with pytest.raises(DataError, match="does not say where"):
-        latent_on_prompt(hm, unknown, "w1", 1)
+        show_latents(hm, unknown, "w1", 1)
     with pytest.raises(ConfigError, match="one vector a token"):
         place_of(hm, sae, "1.z")
     with pytest.raises(ConfigError, match="another model"):
