@@ -148,9 +148,9 @@ def main(argv: list[str]) -> int:
         return _refuse(
             f"--out {options.out} is a folder; give the name of a file, such as {options.out}/evaluation.json"
         )
+    from interp.core.disk import write_json
     from interp.evaluate.baseline import fit_pca
     from interp.evaluate.dictionary import evaluate_dictionary
-    from interp.train.runfolder import write_json
 
     run = open_run(options, _tell)
     tokens = options.tokens or (run.cfg.evaluation.tokens if run.cfg is not None else 100_000)

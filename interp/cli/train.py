@@ -11,7 +11,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from interp.core.errors import ConfigError
 from interp.core.resources import resource
-from interp.train.config import TrainConfig, describe_faults, read_yaml
+from interp.core.settings import describe_faults, read_yaml
+from interp.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from interp.train.job import JobReport, Plan

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["FORMAT", "Provenance", "Result", "atomic_write", "token_names"]
+__all__ = ["FORMAT", "Provenance", "Result", "token_names"]
 
 _R = TypeVar("_R", bound="Result")
 
@@ -197,32 +196,6 @@ class Result(ABC):
 
     def _repr_html_(self) -> str:
         return str(importlib.import_module("interp.report.html").summary_fragment(self))
-
-
-def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> Path:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Args:
-        path: File to write; parent folders are made.
-        data: Its whole content; text is written as UTF-8.
-
-    Returns:
-        The path.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-        # mkstemp makes files private; give this one the permissions any new file would have.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(draft).chmod(0o666 & ~mask)
-        Path(draft).replace(target)
-    finally:
-        Path(draft).unlink(missing_ok=True)
-    return target
 
 
 def token_names(hm: "HookManager", ids: Int[Tensor, "*n"]) -> list[str]:

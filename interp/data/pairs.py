@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError, DataError, nearest
-from interp.core.result import atomic_write
 from interp.data.pair_tokenizing import Problem, tokenize_pairs
 from interp.data.pair_tokens import PairTokens
 from interp.data.prompt import Pair, Prompt

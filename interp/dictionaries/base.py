@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError, ShapeError, nearest
-from interp.core.result import atomic_write
 from interp.data.store import Batch
 
 __all__ = ["ARCHITECTURES", "CFG", "SAE", "WEIGHTS", "Dictionary", "DictionaryConfig", "Losses"]

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
 
+from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError, DataError
-from interp.core.result import atomic_write
 from interp.core.site import Site
 from interp.report.html import json_block, render, visible
 

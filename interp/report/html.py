@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
+from interp.core.disk import atomic_write
 from interp.core.errors import DataError
-from interp.core.result import Result, atomic_write
+from interp.core.result import Result
 
 if TYPE_CHECKING:
     import pandas

@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from interp.core.manager import HookManager
 from interp.core.resources import resource
+from interp.core.settings import Settings
 from interp.evaluate.tasks import repeat_loss, task_scores
 from interp.testbed.text import Text
 from interp.testbed.tokenizer import build_tokenizer, vocabulary
-from interp.train.config import Settings
 from interp.train.lm import train_lm
 from interp.train.lm_config import LMOptions
 from interp.train.lm_data import LMBatch

@@ -7,13 +7,10 @@ A state is written beside its place, synced to the disk and renamed. So a proces
 or a machine that loses power leaves the state before it. For that moment the disk holds two.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp.core.disk import appear, sync
 from interp.core.errors import ArtifactError
 
 __all__ = [
     "RESUME",
+    "STEP_NAMES",
     "SavedState",
     "StateFolder",
-    "appear",
-    "clear_drafts",
-    "differences",
-    "digest",
     "moments",
     "random_states",
     "restore_moments",
@@ -41,6 +36,7 @@ __all__ = [
 
 RESUME = "resume"
 _STATE, _TENSORS = "state.json", "state.safetensors"
+STEP_NAMES = r"step-\d+"  # a regular expression of what steps' folders are called
 _STEP = re.compile(r"step-(\d{8,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -116,12 +112,12 @@ class StateFolder:
             (draft / _STATE).write_text(json.dumps(state.record, indent=1), encoding="utf-8")
             save_file(state.tensors, draft / _TENSORS)
             for file in draft.iterdir():
-                _sync(file)
+                sync(file)
 
         try:
             self.path.mkdir(exist_ok=True)
             appear(self.path / step_name(step), write)
-            _sync(self.path)
+            sync(self.path)
         except (OSError, SafetensorError) as err:
             fault = (isinstance(err, OSError) and err.strerror) or str(err)
             left = f"that of step {max(before)} is whole: make room, then resume" if before else "there is no other"
@@ -149,43 +145,6 @@ class StateFolder:
         return held == {RESUME} and not step_folders(self.path)
 
 
-def appear(place: Path, write: Callable[[Path], Any]) -> Path:
-    """Write a folder beside its place and rename it, so that it is there whole or not at all.
-
-    Args:
-        place: the folder to be; one that is there is replaced.
-        write: called with the empty folder to fill.
-
-    Returns:
-        The folder.
-    """
-    draft = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-    draft.mkdir()
-    try:
-        write(draft)
-        if place.is_dir() and any(place.iterdir()):
-            shutil.rmtree(place)
-        draft.rename(place)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return place
-
-
-def clear_drafts(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a run that was killed had begun to write; other files are left alone.
-
-    Args:
-        folder: the training's folder.
-        names: of the files and folders that are written beside their place; those of steps are known.
-    """
-    draft = re.compile(rf"\.(step-\d+|{'|'.join(map(re.escape, names))})\..*\.tmp")
-    for path in [path for path in folder.rglob(".*.tmp") if draft.fullmatch(path.name)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def step_folders(folder: Path) -> list[tuple[int, Path]]:
     """Return the whole `step-…` folders in a folder with their steps, in order; none if it is not there."""
     held = folder.iterdir() if folder.is_dir() else ()
@@ -195,32 +154,6 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
 def step_name(step: int) -> str:
     """The name of a step's folder."""
     return f"step-{step:08d}"
-
-
-def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Name each setting that differs, with both values.
-
-    Args:
-        before, now: plain JSON.
-        path: of the part that is compared.
-    """
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        for name in {**before, **now}:
-            yield from differences(before.get(name), now.get(name), f"{path}.{name}" if path else name)
-    elif before != now:
-        yield f"{path} was {before!r}, now {now!r}"
-
-
-def digest(*parts: Tensor | str) -> str:
-    """The first 16 hex digits of the SHA-256 of tensors, with their shapes and dtypes, and texts."""
-    total = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            total.update(f"{tuple(part.shape)} {part.dtype}".encode())
-            total.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            total.update(part.encode())
-    return total.hexdigest()[:16]
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -264,12 +197,3 @@ def restore_random_states(tensors: Mapping[str, Tensor], device: torch.device) -
     torch.set_rng_state(tensors["rng.cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng.cuda"], device)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, written to the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from interp.core.disk import differences, digest
 from interp.core.errors import ConfigError, DataError, InterpError
 from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
@@ -20,7 +21,7 @@ from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
-from interp.train.checkpoint import SavedState, differences, digest
+from interp.train.checkpoint import SavedState
 from interp.train.config import TrainConfig
 from interp.train.runfolder import RunFolder
 from interp.train.signals import StopSignals

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from interp.core.disk import differences
 from interp.core.errors import ConfigError, DataError, ModelError
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
-from interp.train.checkpoint import SavedState, differences
+from interp.train.checkpoint import SavedState
 from interp.train.common import deterministic, own_randomness
 from interp.train.lm_checkpoint import LMFolder, load_checkpoints
 from interp.train.lm_config import LMOptions

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from interp.core.disk import appear, clear_drafts, write_json
 from interp.core.errors import ArtifactError
-from interp.train.checkpoint import SavedState, StateFolder, appear, clear_drafts, step_folders, step_name
-from interp.train.runfolder import METRICS, SPEED, append_line, cut_back, forget_after, refuse_held, write_json
+from interp.train.checkpoint import STEP_NAMES, SavedState, StateFolder, step_folders, step_name
+from interp.train.runfolder import METRICS, SPEED, append_line, cut_back, forget_after, refuse_held
 
 __all__ = ["LMFolder", "SavedState", "load_checkpoints", "step_folders"]
 
@@ -130,7 +131,7 @@ class LMFolder:
         append_line(self.path / name, line)
 
     def _clear_drafts(self) -> None:
-        clear_drafts(self.path, (FINAL, PROVENANCE, SPEED))
+        clear_drafts(self.path, (FINAL, PROVENANCE, SPEED), patterns=[STEP_NAMES])
 
     def lines(self) -> list[dict[str, Any]]:
         """Read the metrics so far."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from interp.core.checks import check_positions
+from interp.core.disk import digest
 from interp.core.errors import DataError
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
-from interp.train.checkpoint import digest
 from interp.train.common import own_randomness
 from interp.train.lm_config import LMOptions
 from interp.train.lm_data import LMBatch, LMData

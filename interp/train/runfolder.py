@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from interp.core.disk import atomic_write, clear_drafts, write_json
 from interp.core.errors import ArtifactError
-from interp.core.result import atomic_write
+from interp.core.settings import read_yaml
 from interp.dictionaries.base import CFG, WEIGHTS
-from interp.train.checkpoint import SavedState, StateFolder, clear_drafts
-from interp.train.config import read_yaml
+from interp.train.checkpoint import STEP_NAMES, SavedState, StateFolder
 
 __all__ = [
     "METRICS",
@@ -32,7 +32,6 @@ __all__ = [
     "cut_back",
     "forget_after",
     "refuse_held",
-    "write_json",
 ]
 
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
@@ -86,7 +85,7 @@ class RunFolder:
             for name in [name for name in self.FILES if (self.path / name).exists()]:
                 (self.path / name).unlink()
             self._states.clear()
-            clear_drafts(self.path, self.FILES)
+            clear_drafts(self.path, self.FILES, patterns=[STEP_NAMES])
         self._states.save(state)
         self.config(config)
 
@@ -127,7 +126,7 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             forget_after(self.path / SPEED, state.record["step"])
             self._states.keep(state.record["step"])
-            clear_drafts(self.path, self.FILES)
+            clear_drafts(self.path, self.FILES, patterns=[STEP_NAMES])
         self.config(config)
 
     def save_state(self, state: SavedState) -> None:
@@ -221,11 +220,6 @@ def refuse_held(path: str | Path, way_out: str, *, allowed: bool = False) -> Non
     if held and not allowed:
         shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
         raise ArtifactError(f"{folder} already holds {shown}; choose another folder, or {way_out}")
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write, or replace, a file that holds one JSON object."""
-    atomic_write(path, json.dumps(dict(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from interp.core.errors import ArtifactError, DataError
 from interp.core.result import Provenance, Result
+from interp.core.settings import describe_faults
 from interp.data.tokens import TokenSource
-from interp.train.config import describe_faults
 from interp.train.lm_checkpoint import LMFolder, SavedState, load_checkpoints
 from interp.train.lm_config import LMOptions, lr_factor
 from interp.train.lm_data import LMBatch, LMData, TextData

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError
-from interp.core.result import Provenance, Result, atomic_write
+from interp.core.result import Provenance, Result
 
 SOURCE = Provenance(model="tiny", seed=3, settings={"k": 4, "sites": ["0.z"]}, versions={"torch": "2"})
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from interp.core.errors import ConfigError, DataError
+from interp.core.settings import describe_faults
 from interp.data.store import Batch
 from interp.dictionaries.base import Losses
 from interp.dictionaries.topk import TopKConfig, TopKSAE
-from interp.train.config import DictionaryOptions, TrainConfig, TrainOptions, describe_faults
+from interp.train.config import DictionaryOptions, TrainConfig, TrainOptions
 from interp.train.signals import StopSignals
 from interp.train.trainer import DictionaryFit, TrainingError, default_lr, deterministic, train_dictionary
 
