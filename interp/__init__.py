@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from interp.core.site import Site
     from interp.core.text import Tokens
     from interp.core.where import Where
+    from interp.data.capture import CaptureOptions, capture
     from interp.data.pairs import PromptPairs
     from interp.data.store import ActivationStore
     from interp.dictionaries.base import SAE
@@ -86,6 +87,7 @@ _NAMES_BY_MODULE = {
     "core.site": ("Site",),
     "core.text": ("Tokens",),
     "core.where": ("Where",),
+    "data.capture": ("CaptureOptions", "capture"),
     "data.pairs": ("PromptPairs",),
     "data.store": ("ActivationStore",),
     "dictionaries.base": ("SAE",),
@@ -108,6 +110,7 @@ __all__ = [
     "Add",
     "Affine",
     "ArtifactError",
+    "CaptureOptions",
     "ConfigError",
     "DataError",
     "Edit",
@@ -134,6 +137,7 @@ __all__ = [
     "WhereError",
     "__version__",
     "activation_patch",
+    "capture",
     "evaluate_dictionary",
     "induction_scores",
     "logit_diff",

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["appear", "atomic_write", "clear_drafts", "differences", "digest", "sync", "write_json"]
+__all__ = ["appear", "atomic_write", "clear_drafts", "differences", "digest", "sync", "weights_digest", "write_json"]
+
+_SAMPLED = 64  # values of each weight matrix by which a model is known again
 
 
 def atomic_write(path: str | os.PathLike[str], data: str | bytes) -> Path:
@@ -110,6 +112,12 @@ def digest(*parts: Tensor | str) -> str:
         else:
             total.update(part.encode())
     return total.hexdigest()[:16]
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """The digest of a few values, evenly spread, of every weight that is not on the meta device."""
+    flats = (p.detach().flatten() for p in module.parameters() if not p.is_meta)
+    return digest(*(flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED] for flat in flats))
 
 
 def sync(path: Path) -> None:

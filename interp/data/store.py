@@ -1,21 +1,25 @@
 """`ActivationStore`: the activations of many tokens, shuffled, as the batches that dictionaries are trained on."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import ConfigError, DataError
+from interp.core.errors import ConfigError
 from interp.core.site import Site
-from interp.data.tokens import Cursor, TokenBlock, TokenSource
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
+    from interp.data.stored import StoredActivations
+    from interp.data.streamed import StreamedActivations
+    from interp.data.tokens import TokenSource
 
-__all__ = ["ActivationStore", "Batch", "BatchStream", "StreamState"]
+__all__ = ["ActivationStore", "Batch", "BatchStream", "RowStream", "Rows", "StreamState", "row_sites"]
 
 _CHUNK = 16_384  # rows that are copied to the host at once
 
@@ -54,33 +58,26 @@ class StreamState:
     tensors: dict[str, Tensor]
 
 
-class ActivationStore:
-    """Streams activations of a model's tokens through a shuffling buffer, without a disk.
+class ActivationStore(ABC):
+    """The activations of many tokens at some sites, in shuffled batches: streamed from a model, or stored on a disk.
 
-    The model runs no further than the last site and computes no logits. Special tokens are left out. The buffer is
-    filled, half of it is served in a random order, the freed rows are filled again: nothing is ever copied as a whole.
+    `ActivationStore.stream(hm, tokens, sites)` runs the model while batches are taken; `ActivationStore.open(folder)`
+    reads what `interp.capture` has written. Both leave special tokens out.
 
-    Memory, in bytes, with `d` the sum of the sites' widths: `buffer_tokens · (d · size(dtype) + 16)` for the buffer,
-    `batch_size · (d · size(dtype) + 16)` for a batch, and `2 · rows · ctx · d · size(model dtype)` for one forward.
-
-    Args:
-        hm: the manager whose model gives the activations.
-        tokens: the tokens to run.
-        sites: one site or several, all read in one pass; each must have one feature axis.
+    Attributes:
+        sites: what is read, in order.
         batch_size: tokens per batch.
-        buffer_tokens: tokens in the buffer; at least two batches.
-        dtype: dtype in which activations are kept.
         seed: of the shuffling.
-        repeat: start over when the text ends; else the last batch may be smaller.
-
-    Raises:
-        ConfigError: a buffer that is too small, or a site with heads.
     """
 
-    def __init__(
-        self,
+    sites: list[Site]
+    batch_size: int
+    seed: int
+
+    @staticmethod
+    def stream(
         hm: "HookManager",
-        tokens: TokenSource,
+        tokens: "TokenSource",
         sites: str | Site | Sequence[str | Site],
         *,
         batch_size: int = 4096,
@@ -88,22 +85,37 @@ class ActivationStore:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         repeat: bool = False,
-    ) -> None:
-        given = [sites] if isinstance(sites, str | Site) else list(sites)
-        self.hm, self.tokens, self.sites = hm, tokens, [Site(site) for site in given]
-        if batch_size < 1 or buffer_tokens < 2 * batch_size:
-            raise ConfigError(
-                f"buffer of {buffer_tokens} tokens for batches of {batch_size}: it must hold at least two batches "
-                f"to mix them; set buffer_tokens ≥ {2 * max(batch_size, 1)}"
-            )
-        for site in self.sites:
-            if len(site.axes) != 3 or site.where is not None:
-                raise ConfigError(
-                    f"{site} has axes {site.axes}; a store keeps one vector a token: "
-                    "choose a whole site of shape [batch pos d], such as '3.resid_post'"
-                )
-        self.batch_size, self.buffer_tokens, self.dtype = batch_size, buffer_tokens, dtype
-        self.seed, self.repeat = seed, repeat
+    ) -> "StreamedActivations":
+        """Return a store without a disk; see `StreamedActivations` for the arguments."""
+        from interp.data.streamed import StreamedActivations
+
+        return StreamedActivations(
+            hm,
+            tokens,
+            sites,
+            batch_size=batch_size,
+            buffer_tokens=buffer_tokens,
+            dtype=dtype,
+            seed=seed,
+            repeat=repeat,
+        )
+
+    @staticmethod
+    def open(
+        folder: str | Path,
+        *,
+        batch_size: int = 4096,
+        buffer_tokens: int = 131072,
+        seed: int = 0,
+        repeat: bool = False,
+        share: tuple[int, int] = (0, 1),
+    ) -> "StoredActivations":
+        """Return what lies in a folder; see `StoredActivations` for the arguments."""
+        from interp.data.stored import StoredActivations
+
+        return StoredActivations(
+            folder, batch_size=batch_size, buffer_tokens=buffer_tokens, seed=seed, repeat=repeat, share=share
+        )
 
     def batches(
         self,
@@ -113,76 +125,92 @@ class ActivationStore:
         should_stop: Callable[[], bool] | None = None,
         state: StreamState | None = None,
     ) -> "BatchStream":
-        """Return shuffled batches, from the first document with the same seed or from where another stream stood.
+        """Return shuffled batches, from the first one with the same seed or from where another stream stood.
 
         Args:
             x: the site that the dictionary reads; may be left out when the store has one site.
             target: the site that it should give; by default the same.
-            should_stop: asked before each forward; when it says True, no more batches come.
+            should_stop: asked now and then; when it says True, no more batches come.
             state: what `state()` of a stream of such a store gave: the batches after it come, to the bit.
 
         Raises:
             ConfigError: a site that the store does not read, `x` left out among several, or a state of a store of other
                 sites or sizes.
-            DataError: the text has no token that counts; raised when the first batch is taken.
+            DataError: no token counts; raised when the first batch is taken.
         """
         if x is None and len(self.sites) > 1:
             raise ConfigError(f"this store reads {[s.short for s in self.sites]}; say which one is x")
         reads = self._place(self.sites[0] if x is None else x)
         gives = None if target is None else self._place(target)
-        return BatchStream(_Shuffled(self, should_stop or _never, state), reads, gives)
+        return BatchStream(self._stream(should_stop or _never, state), reads, gives)
 
     def batches_by_site(self) -> Iterator[Mapping[str, Batch]]:
         """Yield, for each batch of tokens, a `Batch` per site under the site's short name."""
         names = [site.short for site in self.sites]
-        for rows in _Shuffled(self, _never, None):
+        for rows in self._stream(_never, None):
             yield {name: rows.batch(i, None) for i, name in enumerate(names)}
 
+    @abstractmethod
     def describe(self) -> dict[str, object]:
         """What was decided about tokens and shuffling, for a run's record."""
-        return {
-            "tokens": self.tokens.describe(),
-            "sites": [site.name for site in self.sites],
-            "buffer_tokens": self.buffer_tokens,
-            "batch_size": self.batch_size,
-            "special_tokens": "left out",
-            "seed": self.seed,
-        }
+
+    @abstractmethod
+    def _stream(self, should_stop: Callable[[], bool], state: StreamState | None) -> "RowStream":
+        """Shuffled rows of all sites, a batch at a time."""
 
     def _place(self, site: str | Site) -> int:
         if Site(site) not in self.sites:
             raise ConfigError(f"this store reads {[s.short for s in self.sites]}, not {Site(site).short}")
         return self.sites.index(Site(site))
 
-    def _captured(self, cursor: Cursor | None = None) -> Iterator[tuple["_Rows", Cursor]]:
-        """Yield what each forward gives at the tokens that count, and where the text stands after it.
 
-        Args:
-            cursor: where to begin; None is the first document.
-        """
-        # From a cursor on, nothing more may come of a text that has given something before.
-        again = cursor is not None and self.repeat
-        while True:
-            for block in self.tokens.blocks(cursor):
-                keep = (block.mask & ~block.special).flatten().nonzero().flatten()
-                if len(keep):
-                    again = self.repeat
-                    yield self._capture(block, keep), block.cursor
-            if not again:
-                return
-            again, cursor = False, None
+def row_sites(sites: str | Site | Sequence[str | Site]) -> list[Site]:
+    """Return sites that have something for each token, which is what a store keeps.
 
-    def _capture(self, block: TokenBlock, keep: Int[Tensor, "token"]) -> "_Rows":
-        run = self.hm.run(block.inputs, read=self.sites, logits="none")
-        there = keep.to(self.hm.device)
-        values = [run[site.name].flatten(0, 1).index_select(0, there) for site in self.sites]
-        return _Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
+    Raises:
+        ConfigError: one is sliced, or has no row per token.
+    """
+    found = [Site(site) for site in ([sites] if isinstance(sites, str | Site) else sites)]
+    for site in found:
+        if site.axes[:2] != ("batch", "pos") or site.where is not None:
+            raise ConfigError(
+                f"{site} has axes {site.axes}; a store keeps whole sites with something for each token: "
+                "choose one of shape [batch pos …], such as '3.resid_post'"
+            )
+    if not found or len(set(found)) < len(found):
+        raise ConfigError(f"sites={[s.short for s in found]}: give at least one site, and none twice")
+    return found
+
+
+def check_sizes(batch_size: int, buffer_tokens: int) -> None:
+    """Refuse a buffer that could not mix batches.
+
+    Raises:
+        ConfigError: it does not hold two of them.
+    """
+    if batch_size < 1 or buffer_tokens < 2 * batch_size:
+        raise ConfigError(
+            f"buffer of {buffer_tokens} tokens for batches of {batch_size}: it must hold at least two batches "
+            f"to mix them; set buffer_tokens ≥ {2 * max(batch_size, 1)}"
+        )
+
+
+@runtime_checkable
+class RowStream(Protocol):
+    """Batches of rows that can say where they stand."""
+
+    def __iter__(self) -> "Iterator[Rows]": ...
+
+    def __next__(self) -> "Rows": ...
+
+    def state(self) -> StreamState:
+        """All that the following batches depend on."""
 
 
 class BatchStream(Iterator[Batch]):
     """Shuffled batches of a store, which can say at any time all that the following ones depend on."""
 
-    def __init__(self, rows: "_Shuffled", x: int, target: int | None) -> None:
+    def __init__(self, rows: RowStream, x: int, target: int | None) -> None:
         self._rows, self._x, self._target = rows, x, target
 
     def __next__(self) -> Batch:
@@ -191,135 +219,51 @@ class BatchStream(Iterator[Batch]):
     def state(self) -> StreamState:
         """Where the stream stands after the last batch that it gave.
 
-        It holds the rows that are still to be served, so that nothing has to be run again: at most
-        `buffer_tokens · (d · size(dtype) + 32) + rows · ctx · (d · size(model dtype) + 16)` bytes.
+        Of a streamed store it holds the rows that are still to be served, so that nothing has to be run again: at most
+        `buffer_tokens · (d · size(dtype) + 32) + rows · ctx · (d · size(model dtype) + 16)` bytes. Of a stored one it
+        holds at most 8 · batch_size bytes.
         """
         return self._rows.state()
 
 
-class _Shuffled(Iterator["_Rows"]):
-    """The shuffling buffer of one stream: slots, of which some are free, and an order to serve the others in."""
-
-    def __init__(self, store: ActivationStore, should_stop: Callable[[], bool], state: StreamState | None) -> None:
-        self.store, self.should_stop = store, should_stop
-        self.generator = torch.Generator().manual_seed(store.seed)
-        self.buffer: _Rows | None = None
-        # The slots of this round in the order they are served, and how many have been; then all are free, and are
-        # filled in that order.
-        self.order = torch.arange(store.buffer_tokens)
-        self.served = store.buffer_tokens
-        self.spare: _Rows | None = None
-        self.cursor: Cursor | None = None
-        self.ended = self.stopped = False
-        if state is not None and state.record:
-            self._restore(state)
-        self.source = store._captured(self.cursor)
-
-    def __next__(self) -> "_Rows":
-        if self.served == len(self.order):
-            self._fill()
-        if self.buffer is None or self.served == len(self.order):
-            raise StopIteration
-        index = self.order[self.served : self.served + self.store.batch_size]
-        self.served += len(index)
-        return self.buffer.gather(index)
-
-    def _fill(self) -> None:
-        """Fill the free slots and draw what is served next; changes nothing when it is asked to stop on the way."""
-        free, filled, spare, cursor = self.order, 0, self.spare, self.cursor
-        while filled < len(free) and not self.ended:
-            if self.stopped or self.should_stop():
-                self.stopped = True
-                return
-            if spare is None:
-                found = next(self.source, None)
-                if found is None:
-                    break
-                spare, cursor = found
-            if self.buffer is None:
-                self.buffer = spare.empty(len(free), self.store.dtype)
-            taken = min(len(spare), len(free) - filled)
-            self.buffer.write(free[filled : filled + taken], spare, taken)
-            spare = spare.after(taken) if taken < len(spare) else None
-            filled += taken
-        if self.buffer is None:
-            raise DataError(f"{self.store.tokens.documents.describe()} has only special tokens; give text")
-        ended = filled < len(free)
-        held = torch.full((self.store.buffer_tokens,), not self.ended)
-        held[free[filled:]] = False
-        mixed = held.nonzero().flatten()
-        mixed = mixed[torch.randperm(len(mixed), generator=self.generator)]
-        half = self.store.buffer_tokens // 2 // self.store.batch_size * self.store.batch_size
-        self.order, self.served = mixed if ended else mixed[:half], 0
-        self.spare, self.cursor, self.ended = spare, cursor, ended
-
-    def state(self) -> StreamState:
-        if self.buffer is None or self.cursor is None:
-            return StreamState({}, {})
-        held = torch.full((self.store.buffer_tokens,), not self.ended)
-        held[self.order[self.served :]] = True
-        held[self.order[: self.served]] = False
-        slots = held.nonzero().flatten()
-        tensors = {"order": self.order, "slots": slots, "generator": self.generator.get_state()}
-        tensors |= self.buffer.to_host("buffer", slots)
-        if self.spare is not None:
-            tensors |= self.spare.to_host("spare", torch.arange(len(self.spare)))
-        record = {**self._sizes(), "served": self.served, "ended": self.ended, "cursor": list(self.cursor)}
-        return StreamState(record, tensors)
-
-    def _restore(self, state: StreamState) -> None:
-        record, tensors, device = state.record, state.tensors, self.store.hm.device
-        was = {name: record.get(name) for name in self._sizes()}
-        if was != self._sizes():
-            raise ConfigError(f"this state is of a store with {was}; this one has {self._sizes()}")
-        rows = _Rows.from_host("buffer", tensors, device)
-        self.buffer = rows.empty(self.store.buffer_tokens, self.store.dtype)
-        self.buffer.write(tensors["slots"], rows, len(rows))
-        self.spare = _Rows.from_host("spare", tensors, device) if "spare.tokens" in tensors else None
-        self.generator.set_state(tensors["generator"].clone())
-        self.order, self.served, self.ended = tensors["order"].clone(), int(record["served"]), bool(record["ended"])
-        self.cursor = Cursor(*record["cursor"])
-
-    def _sizes(self) -> dict[str, Any]:
-        store = self.store
-        names = [site.name for site in store.sites]
-        return {"sites": names, "batch_size": store.batch_size, "buffer_tokens": store.buffer_tokens}
-
-
-def _never() -> bool:
-    return False
-
-
 @dataclass
-class _Rows:
-    """Rows of several sites with their tokens: what a forward gives, and what the buffer holds."""
+class Rows:
+    """Rows of several sites with their tokens: what a forward gives, what a buffer holds, what a shard gives.
+
+    Attributes:
+        values: activations of each site, [token d].
+        tokens: token ids.
+        positions: position of each token in its document; −1 at added special tokens.
+        gradients: of a loss with respect to `values`, where they are known.
+    """
 
     values: list[Tensor]
     tokens: Tensor
     positions: Tensor
+    gradients: list[Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def empty(self, n: int, dtype: torch.dtype) -> "_Rows":
+    def empty(self, n: int, dtype: torch.dtype) -> "Rows":
         """Room for `n` rows like these."""
         values = [torch.empty(n, v.shape[1], dtype=dtype, device=v.device) for v in self.values]
-        return _Rows(values, self.tokens.new_empty(n), self.positions.new_empty(n))
+        return Rows(values, self.tokens.new_empty(n), self.positions.new_empty(n))
 
-    def write(self, slots: Int[Tensor, "token"], rows: "_Rows", n: int) -> None:
+    def write(self, slots: Int[Tensor, "token"], rows: "Rows", n: int) -> None:
         """Put the first `n` of other rows into these slots."""
         for mine, theirs in zip(self.values, rows.values, strict=True):
             mine.index_copy_(0, slots.to(mine.device), theirs[:n].to(mine.dtype))
         self.tokens[slots], self.positions[slots] = rows.tokens[:n], rows.positions[:n]
 
-    def after(self, n: int) -> "_Rows":
+    def after(self, n: int) -> "Rows":
         """All rows but the first `n`."""
-        return _Rows([v[n:] for v in self.values], self.tokens[n:], self.positions[n:])
+        return Rows([v[n:] for v in self.values], self.tokens[n:], self.positions[n:])
 
-    def gather(self, index: Int[Tensor, "token"]) -> "_Rows":
+    def gather(self, index: Int[Tensor, "token"]) -> "Rows":
         """These rows, copied."""
         values = [v.index_select(0, index.to(v.device)) for v in self.values]
-        return _Rows(values, self.tokens.index_select(0, index), self.positions.index_select(0, index))
+        return Rows(values, self.tokens.index_select(0, index), self.positions.index_select(0, index))
 
     def to_host(self, name: str, index: Int[Tensor, "token"]) -> dict[str, Tensor]:
         """Copies of these rows on the CPU, by names that begin with `name`; the device holds no second buffer."""
@@ -333,18 +277,23 @@ class _Rows:
         return found
 
     @staticmethod
-    def from_host(name: str, tensors: Mapping[str, Tensor], device: torch.device) -> "_Rows":
+    def from_host(name: str, tensors: Mapping[str, Tensor], device: torch.device) -> "Rows":
         """The rows that `to_host` gave under a name."""
         count = sum(key.startswith(f"{name}.values.") for key in tensors)
         values = [tensors[f"{name}.values.{i}"].to(device) for i in range(count)]
-        return _Rows(values, tensors[f"{name}.tokens"], tensors[f"{name}.positions"])
+        return Rows(values, tensors[f"{name}.tokens"], tensors[f"{name}.positions"])
 
     def batch(self, x: int, target: int | None) -> Batch:
         """As the item that a loss takes."""
         return Batch(
             x=self.values[x],
             target=None if target is None else self.values[target],
+            grad=None if self.gradients is None else self.gradients[x],
             tokens=self.tokens,
             positions=self.positions,
             mask=torch.ones(len(self), dtype=torch.bool, device=self.values[x].device),
         )
+
+
+def _never() -> bool:
+    return False

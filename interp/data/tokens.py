@@ -1,6 +1,6 @@
 """Text to blocks of tokens: BOS, packing, and beside every token its document, position and whether it is special."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -124,17 +124,24 @@ class TokenSource:
         self._between = [] if between is None else [int(between)]
         self._pad = pad_id_of(tokenizer)
 
+    def pack(self, documents: Iterable[tuple[int, str]]) -> Iterator[TokenBlock]:
+        """Yield some documents, by (index, text), as blocks of their own; none where they hold no token.
+
+        Args:
+            documents: of any source, in the order of their indices.
+        """
+        return self._blocks(self._rows(Cursor(), self._tokenized(iter(documents))))
+
     def blocks(self, cursor: Cursor | None = None) -> Iterator[TokenBlock]:
         """Yield blocks of tokens, from the start or from where an earlier block's `cursor` points.
 
         Raises:
             DataError: the source is missing, holds no text, or holds something else than text.
         """
-        rows = self._rows(cursor or Cursor())
-        empty = cursor is None
-        while chunk := list(islice(rows, self.rows)):
+        at, empty = cursor or Cursor(), cursor is None
+        for block in self._blocks(self._rows(at, self._tokenized(self.documents.read(at.document)))):
             empty = False
-            yield self._block([row for row, _ in chunk], chunk[-1][1])
+            yield block
         if empty:
             part = "" if self.documents.part == "all" else f" in its {self.documents.part!r} part"
             raise DataError(
@@ -156,9 +163,13 @@ class TokenSource:
             "separator": between[0] if between else None,
         }
 
-    def _rows(self, cursor: Cursor) -> Iterator[tuple[_Row, Cursor]]:
+    def _blocks(self, rows: Iterator[tuple[_Row, Cursor]]) -> Iterator[TokenBlock]:
+        while chunk := list(islice(rows, self.rows)):
+            yield self._block([row for row, _ in chunk], chunk[-1][1])
+
+    def _rows(self, cursor: Cursor, documents: Iterator[tuple[int, list[int]]]) -> Iterator[tuple[_Row, Cursor]]:
         row, at = _Row(), cursor
-        for index, ids in self._tokenized(cursor.document):
+        for index, ids in documents:
             offset = cursor.offset if index == cursor.document else 0
             if self.packing == "one_doc":
                 if ids and not offset:
@@ -189,8 +200,7 @@ class TokenSource:
             else:
                 row.add(self._between, row.doc[-1], None, restart=False)
 
-    def _tokenized(self, start: int) -> Iterator[tuple[int, list[int]]]:
-        documents = self.documents.read(start)
+    def _tokenized(self, documents: Iterator[tuple[int, str]]) -> Iterator[tuple[int, list[int]]]:
         while chunk := list(islice(documents, _CHUNK)):
             texts = [text for _, text in chunk]
             coded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)

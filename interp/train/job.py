@@ -10,13 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from interp.core.disk import differences, digest
+from interp.core.disk import differences, digest, weights_digest
 from interp.core.errors import ConfigError, DataError, InterpError
 from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.data.documents import Part
 from interp.data.store import ActivationStore, StreamState
+from interp.data.streamed import StreamedActivations
 from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.baseline import PCA, fit_pca
@@ -32,7 +33,6 @@ __all__ = ["JobReport", "Plan", "plan_job", "train_job"]
 
 Status = Literal["finished", "stopped"]
 _STREAM = "stream."
-_SAMPLED = 64  # values of each weight matrix by which a model is known again
 
 
 @dataclass(frozen=True)
@@ -350,17 +350,11 @@ def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str,
         "format": 1,
         **cfg.model_dump(mode="json", exclude=free),
         "model_config": Provenance.of(hm).config_hash,
-        "model_weights": digest(*(_sample(p) for p in hm.model.parameters() if not p.is_meta)),
+        "model_weights": weights_digest(hm.model),
         "first_tokens": first_tokens,
         "device": hm.device.type,
         "threads": torch.get_num_threads(),
     }
-
-
-def _sample(values: torch.Tensor) -> torch.Tensor:
-    """A few values, evenly spread."""
-    flat = values.detach().flatten()
-    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED]
 
 
 def _versions(hm: HookManager) -> dict[str, str]:
@@ -369,8 +363,8 @@ def _versions(hm: HookManager) -> dict[str, str]:
     return {**Provenance.of(hm).versions, **gpu}
 
 
-def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> ActivationStore:
-    return ActivationStore(
+def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> StreamedActivations:
+    return ActivationStore.stream(
         hm,
         _tokens(cfg, hm, "train"),
         site,
@@ -381,7 +375,7 @@ def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> ActivationStore:
     )
 
 
-def _notes(cfg: TrainConfig, hm: HookManager, store: ActivationStore, training: Training) -> dict[str, Any]:
+def _notes(cfg: TrainConfig, hm: HookManager, store: StreamedActivations, training: Training) -> dict[str, Any]:
     """What SAELens' metadata says of a dictionary."""
     return {
         "hook_name": store.sites[0].name,

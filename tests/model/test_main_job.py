@@ -71,7 +71,7 @@ def test_every_token_is_served_once_with_the_models_own_activation() -> None:
             expected.update(
                 {(int(t), p, int(doc[0])): v for p, (t, v) in enumerate(zip(row[mask][1:], x[1:], strict=True))}
             )
-    store = ActivationStore(hm, tokens, SITE, batch_size=10, buffer_tokens=48)
+    store = ActivationStore.stream(hm, tokens, SITE, batch_size=10, buffer_tokens=48)
     served: list[tuple[tuple[int, int], Tensor]] = []
     for batch in store.batches():
         assert batch.tokens is not None and batch.positions is not None and batch.mask is not None
@@ -86,7 +86,7 @@ def test_every_token_is_served_once_with_the_models_own_activation() -> None:
 
 def test_the_order_is_shuffled_by_the_seed_and_mixes_across_documents() -> None:
     def order(seed: int) -> list[int]:
-        store = ActivationStore(
+        store = ActivationStore.stream(
             manager("Llama"), source(random_texts(60)), SITE, batch_size=8, buffer_tokens=64, seed=seed
         )
         return [int(t) for batch in store.batches() for t in batch.tokens]  # type: ignore[union-attr]
@@ -100,7 +100,9 @@ def test_the_order_is_shuffled_by_the_seed_and_mixes_across_documents() -> None:
 def test_packed_documents_do_not_see_each_other_under_block_diagonal_but_do_under_concat() -> None:
     def rows(packing: str) -> dict[tuple[int, int], Tensor]:
         texts = [" ".join(f"w{i}" for i in range(a, a + 5)) for a in range(1, 60, 5)]
-        store = ActivationStore(manager("Llama"), source(texts, packing=packing), SITE, batch_size=8, buffer_tokens=64)
+        store = ActivationStore.stream(
+            manager("Llama"), source(texts, packing=packing), SITE, batch_size=8, buffer_tokens=64
+        )
         return {
             (int(t), int(p)): x
             for b in store.batches()
@@ -116,11 +118,11 @@ def test_packed_documents_do_not_see_each_other_under_block_diagonal_but_do_unde
 
 def test_several_sites_come_in_one_pass_and_keep_their_rows_together() -> None:
     hm, texts = manager("Llama"), random_texts(30)
-    both = ActivationStore(
+    both = ActivationStore.stream(
         hm, source(texts), ["0.resid_post", SITE], batch_size=16, buffer_tokens=64, dtype=torch.float64
     )
     first, second = (
-        ActivationStore(hm, source(texts), s, batch_size=16, buffer_tokens=64) for s in ("0.resid_post", SITE)
+        ActivationStore.stream(hm, source(texts), s, batch_size=16, buffer_tokens=64) for s in ("0.resid_post", SITE)
     )
     for pair, a, b in zip(both.batches_by_site(), first.batches(), second.batches(), strict=True):
         assert pair[SITE].x.dtype == torch.float64
@@ -141,7 +143,7 @@ def test_a_store_reads_ahead_no_more_than_its_buffer() -> None:
                 yield text
 
     texts = Counted(random_texts(3000))
-    store = ActivationStore(manager("Llama"), source(texts), SITE, batch_size=16, buffer_tokens=64)
+    store = ActivationStore.stream(manager("Llama"), source(texts), SITE, batch_size=16, buffer_tokens=64)
     next(store.batches())
     # The buffer, one block, and the 64 documents that are tokenized together.
     assert Counted.given < 64 + 4 * 16 + 2 * 64 * 20
@@ -149,16 +151,18 @@ def test_a_store_reads_ahead_no_more_than_its_buffer() -> None:
 
 def test_repeating_goes_on_after_the_last_document_and_stores_refuse_what_they_cannot_serve() -> None:
     hm, texts = manager("Llama"), random_texts(10)
-    store = ActivationStore(hm, source(texts), SITE, batch_size=16, buffer_tokens=32, repeat=True)
+    store = ActivationStore.stream(hm, source(texts), SITE, batch_size=16, buffer_tokens=32, repeat=True)
     assert all(len(batch.x) == 16 for batch in itertools.islice(store.batches(), 50))
     with pytest.raises(ConfigError, match="at least two batches"):
-        ActivationStore(hm, source(texts), SITE, batch_size=16, buffer_tokens=31)
-    with pytest.raises(ConfigError, match="one vector a token"):
-        ActivationStore(hm, source(texts), "1.z")
+        ActivationStore.stream(hm, source(texts), SITE, batch_size=16, buffer_tokens=31)
+    heads = next(ActivationStore.stream(hm, source(texts), "1.z", batch_size=4, buffer_tokens=8).batches()).x
+    assert heads.shape == (4, hm.n_heads * hm.d_head)
+    with pytest.raises(ConfigError, match="something for each token"):
+        ActivationStore.stream(hm, source(texts), "1.pattern")
     with pytest.raises(ConfigError, match="say which one"):
-        next(ActivationStore(hm, source(texts), ["0.resid_post", SITE]).batches())
+        next(ActivationStore.stream(hm, source(texts), ["0.resid_post", SITE]).batches())
     with pytest.raises(DataError, match="only special tokens"):
-        next(ActivationStore(hm, source(["w0 w0", "w0"]), SITE, repeat=True).batches())
+        next(ActivationStore.stream(hm, source(["w0 w0", "w0"]), SITE, repeat=True).batches())
 
 
 # -- the evaluation ---------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def random_texts(n: int, seed: int = 0) -> list[str]:
 
 def store(*, texts: int = 30, sites: Any = SITE, **changes: Any) -> ActivationStore:
     tokens = TokenSource(random_texts(texts), word_tokenizer(), ctx=16, rows=4, bos=True)
-    return ActivationStore(manager("Llama"), tokens, sites, **{"batch_size": 10, "buffer_tokens": 48, **changes})
+    return ActivationStore.stream(manager("Llama"), tokens, sites, **{"batch_size": 10, "buffer_tokens": 48, **changes})
 
 
 def same(a: Batch, b: Batch) -> bool:

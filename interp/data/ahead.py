@@ -1,0 +1,77 @@
+"""Doing the next piece of work while the last one is used."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+__all__ = ["Ahead"]
+
+_T = TypeVar("_T")
+_SHORT = 0.1  # seconds between two looks at whether anybody still waits
+
+
+class Ahead(Iterator[_T], Generic[_T]):
+    """The items of an iterator in their order, made in a thread of their own, at most `depth` of them ahead.
+
+    What the iterator raises is raised here when its turn comes. `close` ends the thread; so does letting go of it.
+
+    Args:
+        items: the iterator; from here on it is the thread's alone.
+        depth: items that may wait.
+    """
+
+    def __init__(self, items: Iterator[_T], depth: int) -> None:
+        self._ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=_work, args=(items, self._ready, self._ended), daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> _T:
+        if self._ended.is_set():
+            raise StopIteration
+        going, item = self._ready.get()
+        if going:
+            made: _T = item
+            return made
+        self.close()
+        if isinstance(item, BaseException):
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the thread and wait for it; items that waited are dropped."""
+        self._ended.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __del__(self) -> None:
+        self._ended.set()
+
+
+_Queue = queue.Queue[tuple[bool, Any]]
+
+
+def _work(items: Iterator[Any], ready: _Queue, ended: threading.Event) -> None:
+    try:
+        for item in items:
+            if not _put(ready, (True, item), ended):
+                return
+        _put(ready, (False, None), ended)
+    except BaseException as err:  # noqa: BLE001 - it is raised where the items are taken
+        _put(ready, (False, err), ended)
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            close()
+
+
+def _put(ready: _Queue, item: tuple[bool, Any], ended: threading.Event) -> bool:
+    """Put an item in when there is room; False when nobody wants it any more."""
+    while not ended.is_set():
+        try:
+            ready.put(item, timeout=_SHORT)
+        except queue.Full:
+            continue
+        return True
+    return False

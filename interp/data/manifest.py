@@ -1,0 +1,132 @@
+"""What a stored set of activations is: the manifest that every writer and reader of its folder goes by.
+
+manifest.json    model, sites, dtype, text, how it is cut into units: fixed when the store is begun
+shards/000012/   one unit each, whole or not there
+complete.json    how many units there are, when all of them are
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from interp.core.disk import differences
+from interp.core.errors import ArtifactError, ConfigError
+from interp.core.settings import Settings, describe_faults
+from interp.data.codec import codec_named
+
+__all__ = ["COMPLETE", "MANIFEST", "SHARDS", "Manifest", "SiteLayout", "TextLayout", "read_complete"]
+
+MANIFEST, COMPLETE, SHARDS = "manifest.json", "complete.json", "shards"
+FORMAT = 1
+
+
+class SiteLayout(Settings):
+    """One site of a store."""
+
+    name: str = Field(description="TransformerLens' name")
+    shape: tuple[int, ...] = Field(description="feature axes: (d_model,), (n_heads, d_head), …")
+
+    @property
+    def width(self) -> int:
+        """Numbers per row."""
+        return math.prod(self.shape)
+
+
+class TextLayout(Settings):
+    """How text becomes rows: the same for every writer, so that the rows do not hang on how many there are."""
+
+    source: str = Field(description="a short name of the text")
+    fingerprint: str = Field(description="digest of the text's beginning and sizes")
+    part: str = Field(description="all, train or held_out")
+    hold_out_every: int = Field(description="every so many documents one is held out")
+    ctx: int = Field(description="tokens per row, BOS included")
+    rows: int = Field(description="rows per forward")
+    packing: str = Field(description="how documents share rows")
+    bos: bool = Field(description="whether BOS stands before each document and row")
+    tokenizer: str = Field(description="digest of the tokenizer's vocabulary")
+    unit_documents: int = Field(gt=0, description="documents per shard; rows never cross from one shard to the next")
+
+
+class Manifest(Settings):
+    """What is fixed when a store is begun."""
+
+    format: int = Field(default=FORMAT, description="of the folder")
+    writer: str = Field(description="version of interp that began it")
+    model: str = Field(description="name or path")
+    revision: str | None = Field(default=None, description="of the checkpoint")
+    config_hash: str = Field(description="of the model's configuration")
+    weights: str = Field(description="digest of a sample of the weights")
+    model_dtype: str = Field(description="in which the model ran")
+    sites: tuple[SiteLayout, ...] = Field(description="what was read, in order")
+    dtype: str = Field(description="in which activations are kept")
+    gradient: str | None = Field(default=None, description="the loss whose gradients lie beside the activations")
+    text: TextLayout
+
+    def check(self, now: "Manifest", folder: Path) -> None:
+        """Refuse to go on with other settings than the store was begun with.
+
+        Raises:
+            ConfigError: names each difference.
+        """
+        free = {"writer", "model", "revision"}
+        apart = list(differences(self.model_dump(mode="json", exclude=free), now.model_dump(mode="json", exclude=free)))
+        if apart:
+            raise ConfigError(
+                f"the store in {folder} was begun with other settings: {'; '.join(apart)}. Go on with those it was "
+                "begun with, or begin anew in another folder"
+            )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Feature axes by site."""
+        return {site.name: site.shape for site in self.sites}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is kept of each site."""
+        return ("values",) if self.gradient is None else ("values", "gradient")
+
+    @property
+    def bytes_per_row(self) -> int:
+        """What a row takes on the disk: activations, and 17 bytes of what is known of it."""
+        codec = codec_named(self.dtype)
+        return 17 + len(self.parts) * sum(codec.bytes_per_row(site.width) for site in self.sites)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of a folder.
+
+        Raises:
+            ArtifactError: there is none, or it is damaged or of a later format.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            what = "no such folder" if not folder.is_dir() else "it is no store of activations, or was never begun"
+            raise ArtifactError(f"{folder} holds no {MANIFEST} ({what}); `interp capture` makes one")
+        try:
+            held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if held.get("format", FORMAT) > FORMAT:
+                raise ArtifactError(f"{path} has format {held['format']}, this interp reads {FORMAT}; update interp")
+            return cls.model_validate(held)
+        except ValidationError as err:
+            raise ArtifactError(f"{path} is damaged: {describe_faults(err, cls)}") from err
+        except (OSError, ValueError, AttributeError) as err:
+            raise ArtifactError(f"{path} cannot be read: {err}") from err
+
+
+def read_complete(folder: Path) -> dict[str, Any] | None:
+    """Read how many units a store has; None while it is being written.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = folder / COMPLETE
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as err:
+        raise ArtifactError(f"{path} cannot be read: {err}; remove it and run `interp capture --resume`") from err

@@ -1,0 +1,249 @@
+"""One shard of stored activations: raw files that can be mapped, and a record with their sizes and checksums.
+
+000012/shard.json          rows, documents, checksums, the measured error of eight bits
+000012/ids.int32           token ids
+000012/document.int64      index of each token's document in the source; that of the row before for added tokens
+000012/position.int32      position among its document's own tokens; −1 at added special tokens
+000012/special.uint8       1 at BOS, EOS and every other special token
+000012/values.SITE.DTYPE   a site's activations, row by row
+000012/scale.SITE.float32  with eight bits, the scale of each row or channel
+000012/gradient.SITE.DTYPE where gradients were captured
+"""
+
+import json
+import math
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp.core.disk import sync
+from interp.core.errors import ArtifactError
+from interp.data.codec import Codec, codec_named
+
+__all__ = ["COLUMNS", "Shard", "ShardWriter", "shard_name"]
+
+RECORD = "shard.json"
+# What is known of each row, and how it is written.
+COLUMNS: Mapping[str, torch.dtype] = {
+    "ids": torch.int32,
+    "document": torch.int64,
+    "position": torch.int32,
+    "special": torch.uint8,
+}
+_CHECKED = 1 << 24  # bytes that are read at once for a checksum
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's folder."""
+    return f"{number:06d}"
+
+
+def file_name(part: str, name: str, dtype: str) -> str:
+    """The name of a file of a shard, such as `values.blocks.2.hook_resid_post.bfloat16`."""
+    return f"{part}.{name}.{dtype}" if name else f"{part}.{dtype}"
+
+
+class ShardWriter:
+    """Writes a shard beside its place, a few rows at a time, and puts it there whole.
+
+    Memory: what is appended at once; with a scale per channel, all rows of the shard.
+
+    Args:
+        place: the folder to be.
+        codecs: the codec of each kind of values, by its file's part and site: ("values", SITE) or ("gradient", SITE).
+    """
+
+    def __init__(self, place: Path, codecs: Mapping[tuple[str, str], Codec]) -> None:
+        self.place, self.codecs = place, dict(codecs)
+        self.draft = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+        self.rows = 0
+        self.counted = 0
+        self._files: dict[str, tuple[BinaryIO, list[int]]] = {}
+        self._errors: dict[str, list[float]] = {}
+        self._waiting: dict[tuple[str, str], list[Tensor]] = {}
+        self.draft.mkdir(parents=True)
+
+    def append(self, columns: Mapping[str, Tensor], values: Mapping[tuple[str, str], Float[Tensor, "row d"]]) -> None:
+        """Write some rows.
+
+        Args:
+            columns: what is known of each, by the names in `COLUMNS`, on the CPU.
+            values: their activations and gradients by part and site, on the CPU; those that the codec writes as they
+                are may come in its dtype.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        for name, dtype in COLUMNS.items():
+            self._write(file_name(name, "", str(dtype).removeprefix("torch.")), columns[name].to(dtype))
+        for key, rows in values.items():
+            if self.codecs[key].scale == "channel":
+                self._waiting.setdefault(key, []).append(rows)
+            else:
+                self._encode(key, rows)
+        self.rows += len(columns["ids"])
+        self.counted += int((columns["special"] == 0).sum())
+
+    def close(self, record: Mapping[str, Any]) -> None:
+        """Finish the files and put the shard in its place; one that is there is replaced.
+
+        Args:
+            record: what else its record should say, such as which documents it holds.
+
+        Raises:
+            OSError: the disk is full, or gone.
+        """
+        for key, parts in self._waiting.items():
+            self._encode(key, torch.cat(parts))
+        files = {}
+        for name, (file, held) in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            files[name] = {"bytes": held[0], "crc32": held[1]}
+        errors = {name: _error(sums) for name, sums in self._errors.items()}
+        text = {"rows": self.rows, "tokens": self.counted, **record, "files": files, "error": errors}
+        whole = self.draft / RECORD
+        whole.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+        for path in (whole, self.draft):
+            sync(path)
+        if self.place.exists():
+            shutil.rmtree(self.place)
+        self.draft.rename(self.place)
+        sync(self.place.parent)
+
+    def drop(self) -> None:
+        """Leave nothing behind."""
+        for file, _ in self._files.values():
+            file.close()
+        shutil.rmtree(self.draft, ignore_errors=True)
+
+    def _encode(self, key: tuple[str, str], rows: Tensor) -> None:
+        codec, (part, site) = self.codecs[key], key
+        coded = codec.encode(rows)
+        self._write(file_name(part, site, str(codec.dtype).removeprefix("torch.")), coded["values"])
+        if codec.scale:
+            self._write(file_name(f"scale-{part}", site, "float32"), coded["scale"])
+            x = rows.float()
+            missed = x - codec.decode(coded["values"], coded["scale"])
+            sums = self._errors.setdefault(f"{part}.{site}", [0.0, 0.0, 0.0])
+            sums[0] += float(missed.double().pow(2).sum())
+            sums[1] += float(x.double().pow(2).sum())
+            sums[2] = max(sums[2], float(missed.abs().max()) if missed.numel() else 0.0)
+
+    def _write(self, name: str, values: Tensor) -> None:
+        if name not in self._files:
+            self._files[name] = ((self.draft / name).open("wb"), [0, 0])
+        file, held = self._files[name]
+        raw: Any = values.contiguous().flatten().view(torch.uint8).numpy() if values.numel() else b""
+        file.write(raw)
+        held[0] += len(raw)
+        held[1] = zlib.crc32(raw, held[1])
+
+
+def _error(sums: list[float]) -> dict[str, float]:
+    return {"fvu": sums[0] / sums[1] if sums[1] else 0.0, "largest": sums[2]}
+
+
+class Shard:
+    """A shard on the disk, mapped when it is looked at.
+
+    Args:
+        folder: where it lies.
+        shapes: the feature axes of each site.
+        dtype: the codec's name.
+
+    Raises:
+        ArtifactError: its record is missing or damaged, or a file is not as long as it says.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+        self.folder, self.shapes, self.codec = folder, shapes, codec_named(dtype)
+        self.record = read_record(folder)
+        self.rows, self.tokens = int(self.record["rows"]), int(self.record["tokens"])
+        for name, held in self.record["files"].items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else -1
+            if size != held["bytes"]:
+                found = "is missing" if size < 0 else f"has {size} bytes"
+                raise ArtifactError(f"{path} {found}, its record says {held['bytes']}; {_CURE}")
+        self._mapped: dict[str, Tensor] = {}
+
+    def column(self, name: str) -> Int[Tensor, "row"]:
+        """What is known of every row, by a name in `COLUMNS`."""
+        dtype = COLUMNS[name]
+        return self._map(file_name(name, "", str(dtype).removeprefix("torch.")), dtype, (self.rows,))
+
+    @cached_property
+    def counted(self) -> Bool[Tensor, "row"]:
+        """Which rows are no special tokens."""
+        return self.column("special") == 0
+
+    def raw(self, site: str, part: str = "values") -> Tensor:
+        """A site's rows as they lie on the disk, [row d], without a copy."""
+        width = math.prod(self.shapes[site])
+        name = file_name(part, site, str(self.codec.dtype).removeprefix("torch."))
+        return self._map(name, self.codec.dtype, (self.rows, width))
+
+    def select(self, site: str, index: Int[Tensor, "n"] | slice, part: str = "values") -> Float[Tensor, "n d"]:
+        """Some rows of a site, decoded; a view of the disk's where nothing has to be."""
+        rows, scale = self.raw(site, part), self._scale(site, part)
+        mine = rows[index] if isinstance(index, slice) else rows.index_select(0, index)
+        if scale is not None and self.codec.scale == "row":
+            scale = scale[index] if isinstance(index, slice) else scale.index_select(0, index)
+        return self.codec.decode(mine, scale)
+
+    def check(self) -> Iterator[str]:
+        """Read every file and say which are not what was written."""
+        for name, held in self.record["files"].items():
+            total = 0
+            with (self.folder / name).open("rb") as file:
+                while chunk := file.read(_CHECKED):
+                    total = zlib.crc32(chunk, total)
+            if total != held["crc32"]:
+                yield f"{self.folder / name}: checksum {total:08x}, its record says {held['crc32']:08x}"
+
+    def _scale(self, site: str, part: str) -> Tensor | None:
+        if not self.codec.scale:
+            return None
+        width = self.rows if self.codec.scale == "row" else math.prod(self.shapes[site])
+        return self._map(file_name(f"scale-{part}", site, "float32"), torch.float32, (width if self.rows else 0,))
+
+    def _map(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        if name not in self._mapped:
+            if name not in self.record["files"]:
+                if self.rows:
+                    raise ArtifactError(f"{self.folder} has no {name}; it was captured without it")
+                return torch.empty(shape, dtype=dtype)
+            count = math.prod(shape)
+            # Private: what is written to such a tensor never reaches the file.
+            flat = torch.from_file(str(self.folder / name), shared=False, size=count, dtype=dtype) if count else None
+            self._mapped[name] = torch.empty(0, dtype=dtype) if flat is None else flat
+        return self._mapped[name].view(shape)
+
+
+_CURE = "`interp store repair` drops damaged shards, and `interp capture --resume` makes them again"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a shard's record.
+
+    Raises:
+        ArtifactError: it is missing, or is not one.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if not {"rows", "tokens", "files"} <= set(record):
+            raise ValueError("it lacks rows, tokens or files")
+    except (OSError, ValueError) as err:
+        raise ArtifactError(f"{folder / RECORD} cannot be read ({err}); {_CURE}") from err
+    return dict(record)

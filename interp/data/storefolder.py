@@ -1,0 +1,265 @@
+"""The folder of a store while it is written: who is at which unit, where the text ends, and what is left to do."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from interp.core.disk import clear_drafts, write_json
+from interp.core.errors import ArtifactError, ConfigError
+from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest, read_complete
+from interp.data.shard import read_record, shard_name
+
+__all__ = ["Claim", "StoreFolder"]
+
+_LOCKS, _END = "locks", "end.json"
+_DRAFTS = (r"\d{6,}", MANIFEST, COMPLETE, _END)
+
+
+class Claim:
+    """The right to write one unit, until it is released or the process is gone.
+
+    Attributes:
+        number: of the unit.
+    """
+
+    def __init__(self, number: int, path: Path, held: BinaryIO) -> None:
+        self.number, self._path, self._held = number, path, held
+
+    def release(self) -> None:
+        """Let others have it."""
+        if not self._held.closed:
+            self._path.unlink(missing_ok=True)
+            self._held.close()
+
+
+class StoreFolder:
+    """Locks, shards and the two ends of a store's folder.
+
+    Locks are advisory ones of the file system (`flock`), which the system drops when a process ends, however it does.
+
+    Args:
+        path: the folder. Nothing is touched before `begin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[int, int] = {}  # tokens that count, of units that are whole or that this process has run
+
+    def place(self, number: int) -> Path:
+        """Where a shard lies, or will."""
+        return self.path / SHARDS / shard_name(number)
+
+    def begin(self, manifest: Manifest, *, resume: bool, free_unit: bool) -> Manifest:
+        """Write the manifest of a new store, or check it against the one that is there.
+
+        Args:
+            manifest: what is asked for.
+            resume: go on with a store that is there; a new one is begun where there is none.
+            free_unit: documents per unit were not asked for: those of the store there do.
+
+        Returns:
+            What holds from now on.
+
+        Raises:
+            ArtifactError: the folder holds something else.
+            ConfigError: it is a store with other settings.
+        """
+        held = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        if self.path.exists() and not self.path.is_dir():
+            raise ArtifactError(f"{self.path} is a file; a store is a folder: choose another path")
+        if held and not resume:
+            shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
+            way_on = ", or resume to go on with the store" if {MANIFEST, _LOCKS} & set(held) else ""
+            raise ArtifactError(f"{self.path} already holds {shown}; choose another folder{way_on}")
+        if held and not {MANIFEST, _LOCKS} & set(held):
+            raise ArtifactError(f"{self.path} holds {', '.join(held[:4])}, which is no store; choose another folder")
+        with self._writing():
+            (self.path / _LOCKS).mkdir(parents=True, exist_ok=True)
+            with self._lock("store"):
+                if (self.path / MANIFEST).is_file():
+                    there = Manifest.read(self.path)
+                    if free_unit:
+                        unit = there.text.unit_documents
+                        manifest = manifest.model_copy(
+                            update={"text": manifest.text.model_copy(update={"unit_documents": unit})}
+                        )
+                    there.check(manifest, self.path)
+                    return there
+                (self.path / SHARDS).mkdir(exist_ok=True)
+                write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
+        return manifest
+
+    def whole(self) -> list[int]:
+        """The numbers of the shards that are there, in order."""
+        return sorted(int(p.name) for p in (self.path / SHARDS).glob("[0-9]*") if p.name.isdecimal())
+
+    def tokens_held(self) -> int:
+        """Tokens that count in them."""
+        return sum(self._tokens(number) for number in self.whole())
+
+    def counts(self, number: int, tokens: int) -> None:
+        """Say how many tokens of a unit count, before it is written."""
+        self._known[number] = tokens
+
+    def ends_at(self, number: int) -> None:
+        """Say that the text has ended before a unit."""
+        with self._writing():
+            write_json(self.path / _END, {"units": min(number, self._end() or number)})
+
+    def limit(self, max_tokens: int | None) -> int | None:
+        """The number of units that the store will have; None while nobody can say.
+
+        Args:
+            max_tokens: tokens that count after which no further unit is wanted.
+        """
+        end = self._end()
+        if max_tokens is None:
+            return end
+        total, number, whole = 0, 0, set(self.whole())
+        while end is None or number < end:
+            if total >= max_tokens:
+                return number
+            if number not in self._known and number not in whole:
+                return None
+            total += self._tokens(number)
+            number += 1
+        return end
+
+    def claims(self, limit: Callable[[], int | None]) -> Iterator[Claim]:
+        """Take one unit after the other that is neither there nor being written, until none is left.
+
+        Args:
+            limit: the number of units, as far as it is known.
+        """
+        number = 0
+        done: set[int] = set()
+        while True:
+            end = limit()
+            if end is not None and number >= end:
+                return
+            if number not in done and not self.place(number).is_dir() and (claim := self._claim(number)) is not None:
+                done.add(number)
+                if self.place(number).is_dir():
+                    claim.release()
+                else:
+                    clear_drafts(self.path / SHARDS, [shard_name(number)])
+                    yield claim
+            number += 1
+
+    def finish(self, limit: int | None) -> bool:
+        """Close the store if all its units are there: what lies beyond is removed; tells whether it is closed.
+
+        Args:
+            limit: the number of units.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        if limit is None or (set(range(limit)) - set(self.whole())):
+            return False
+        with self._writing(), self._lock("store"):
+            if limit == 0:
+                raise ConfigError(f"{self.path}: the text holds no document to capture; give more text")
+            for number in self.whole():
+                if number >= limit:
+                    shutil.rmtree(self.place(number))
+            records = [read_record(self.place(number)) for number in range(limit)]
+            totals = {name: sum(int(record[name]) for record in records) for name in ("rows", "tokens")}
+            size = sum(held["bytes"] for record in records for held in record["files"].values())
+            write_json(self.path / COMPLETE, {"units": limit, **totals, "bytes": size})
+            for path in (self.path / _LOCKS).iterdir():
+                if path.name != "store":
+                    path.unlink(missing_ok=True)
+            clear_drafts(self.path, [], patterns=_DRAFTS)
+        return True
+
+    def reopen(self, max_tokens: int | None) -> None:
+        """Let a closed store grow, where more is wanted than it holds.
+
+        Args:
+            max_tokens: tokens that count after which no further unit is wanted.
+
+        Raises:
+            ConfigError: it holds whole units beyond that.
+        """
+        complete = read_complete(self.path)
+        if complete is None or (limit := self.limit(max_tokens)) == complete["units"]:
+            return
+        if limit is not None and limit < complete["units"]:
+            raise ConfigError(
+                f"the store in {self.path} is complete with {complete['tokens']:,} tokens, more than {max_tokens:,}; "
+                "capture fewer into another folder"
+            )
+        with self._writing():
+            (self.path / COMPLETE).unlink(missing_ok=True)
+
+    def _tokens(self, number: int) -> int:
+        if number not in self._known:
+            self._known[number] = int(read_record(self.place(number))["tokens"])
+        return self._known[number]
+
+    def _end(self) -> int | None:
+        try:
+            return int(json.loads((self.path / _END).read_text(encoding="utf-8"))["units"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise ArtifactError(f"{self.path / _END} is damaged ({err}); remove it and resume") from err
+
+    def _claim(self, number: int) -> Claim | None:
+        path = self.path / _LOCKS / shard_name(number)
+        with self._writing():
+            held = _locked(path, wait=False)
+        return None if held is None else Claim(number, path, held)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        held = _locked(self.path / _LOCKS / name, wait=True)
+        try:
+            yield
+        finally:
+            if held is not None:
+                held.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            fault = err.strerror or str(err)
+            raise ArtifactError(
+                f"{self.path} cannot be written: {fault}; make room, or choose another folder. Whole shards stay, and "
+                "`interp capture --resume` goes on"
+            ) from err
+
+
+def _locked(path: Path, *, wait: bool) -> BinaryIO | None:
+    """Open and lock a file; None when another holds it and `wait` is off."""
+    if sys.platform == "win32":
+        raise ArtifactError("stores are written on systems with flock (Linux, macOS); they can be read anywhere")
+    import fcntl
+
+    while True:
+        held = path.open("ab")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as err:
+            held.close()
+            if err.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return None
+            raise ArtifactError(
+                f"{path} cannot be locked ({err.strerror}); mount the disk with locks (flock), or write elsewhere"
+            ) from err
+        # Its holder may have removed it between the two: a lock on a name that is gone keeps nobody out.
+        try:
+            if os.path.samestat(os.fstat(held.fileno()), path.stat()):
+                return held
+        except FileNotFoundError:
+            pass
+        held.close()
