@@ -17,9 +17,11 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "capture": Verb("interp.cli.capture", "write the activations of a text to a folder, by one process or many"),
     "eval": Verb("interp.cli.evaluate", "measure a trained dictionary on held-out text, beside a PCA of the same size"),
     "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
+    "store": Verb("interp.cli.store", "what a folder of captured activations holds; verify it, repair it"),
     "testbed": Verb("interp.cli.testbed", "the small world and its models: describe, sample, tasks, card, rebuild"),
     "train": Verb("interp.cli.train", "train a sparse dictionary on a site of a model"),
 }

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from interp.cli.lines import config_file, line_with_defaults, value_on
 from interp.core.errors import ConfigError
 from interp.core.resources import resource
 from interp.core.settings import describe_faults, read_yaml
@@ -23,6 +24,7 @@ _BAD_USAGE, _STOPPED = 2, 143
 
 
 _BUILT_IN = "configs/sae-testbed.yaml"
+_STAND_IN = {"model": "-", "site": "0.resid_post", "data": "-", "out": "-"}
 
 
 class TrainOptionsLine(TrainConfig):
@@ -66,10 +68,11 @@ def main(argv: list[str]) -> int:
         InterpError: The job failed.
     """
     try:
-        path, words = _config_file(argv)
+        path, words = config_file(argv, TrainConfig)
         if {"--force", "--resume"} <= set(words):
             return _refuse("--force replaces a run and --resume goes on with it; give one of them")
-        line = tyro.cli(TrainOptionsLine, prog="interp train", args=words, default=_default(path, words))
+        default = line_with_defaults(TrainOptionsLine, TrainConfig, _given(path, words), _STAND_IN)
+        line = tyro.cli(TrainOptionsLine, prog="interp train", args=words, default=default)
         cfg = line.settings()
     except ValidationError as err:
         return _refuse(describe_faults(err, TrainConfig))
@@ -94,55 +97,6 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _config_file(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The config file on a line, with or without --config, and the other words.
-
-    It decides the defaults that the rest is read with, so it must be known before.
-
-    Raises:
-        ConfigError: there are two.
-    """
-    found, others, rest = [], [], iter(argv)
-    flags = {f"--{name}" for name in ("help", "dry-run", "json", "force", "resume")} | _switches(TrainConfig)
-    for word in rest:
-        name, equals, value = word.replace("_", "-").partition("=")
-        if name == "--config":
-            found.append(word.partition("=")[2] if equals else next(rest, ""))
-        elif word.startswith("-"):
-            others.append(word)
-            if not equals and name not in flags and word != "-h" and (value := next(rest, "")):
-                others.append(value)
-        else:
-            found.append(word)
-    if len(found) > 1:
-        raise ConfigError(f"one config file is read, got {' and '.join(found)}; did one of them lack its --option?")
-    return (found[0] if found else None), others
-
-
-def _switches(config: type[BaseModel], path: str = "") -> set[str]:
-    """The options of a configuration that take no value."""
-    names: set[str] = set()
-    for name, field in config.model_fields.items():
-        word, kind = name.replace("_", "-"), field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names |= _switches(kind, f"{path}{word}.")
-        elif kind is bool:
-            names |= {f"--{path}{word}", f"--{path}no-{word}"}
-    return names
-
-
-def _default(path: str | None, words: list[str]) -> TrainOptionsLine:
-    """The settings that those on the line go before; what they leave out, and the line must give, is marked missing."""
-    given = _given(path, words)
-    required = {name for name, field in TrainConfig.model_fields.items() if field.is_required()}
-    # A stand-in for what is missing lets the rest be checked; it is never used.
-    stand_in = {"model": "-", "site": "0.resid_post", "data": "-", "out": "-"}
-    checked = TrainConfig.model_validate({**{name: stand_in[name] for name in required - given.keys()}, **given})
-    values: dict[str, Any] = {name: getattr(checked, name) for name in TrainConfig.model_fields}
-    values.update(dict.fromkeys(required - given.keys(), tyro.MISSING))
-    return TrainOptionsLine.model_construct(**values)
-
-
 def _given(path: str | None, words: list[str]) -> dict[str, Any]:
     """The settings of the config file, or of the run to go on with, or of the packaged one."""
     if path is not None:
@@ -151,22 +105,12 @@ def _given(path: str | None, words: list[str]) -> dict[str, Any]:
     if on_line & {"-h", "--help"}:
         return {}
     built_in = {} if on_line & {"--model", "--data"} else read_yaml(resource(_BUILT_IN))
-    out = _value(words, "--out") or built_in.get("out")
+    out = value_on(words, "--out") or built_in.get("out")
     if "--resume" in on_line and out is not None:
         from interp.train.runfolder import RunFolder
 
         return RunFolder.settings(out)
     return built_in
-
-
-def _value(words: list[str], option: str) -> str | None:
-    """The value of an option on the line."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
-        if word == option:
-            return following
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
 
 
 def _estimates(plan: "Plan") -> str:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -121,9 +121,12 @@ def plan_capture(
 
     Raises:
         ConfigError: a site that cannot be stored.
+        SiteError: one that the model does not have.
         DataError: the text cannot be read.
     """
     options, places, text = options or CaptureOptions(), row_sites(sites), tokens.documents
+    for site in places:
+        hm.atlas.point(site)
     model_dtype = str(hm.dtype).removeprefix("torch.")
     layout = TextLayout(
         source=text.describe(),
@@ -273,7 +276,7 @@ class _Job:
     def _units(self) -> Iterator[tuple[Claim, TokenBlock | None, range | None]]:
         """In a thread of its own: each unit that nobody has taken, as its claim, its blocks, and its documents."""
         size, text = self.manifest.text.unit_documents, _Forward(self.tokens)
-        for claim in self.store.claims(self._limit):
+        for claim in self.store.claims(self._limit, self.should_stop):
             wanted = range(claim.number * size, (claim.number + 1) * size)
             found = text.documents(wanted)
             if found is None:

@@ -3,6 +3,7 @@
 manifest.json    model, sites, dtype, text, how it is cut into units: fixed when the store is begun
 shards/000012/   one unit each, whole or not there
 complete.json    how many units there are, when all of them are
+config.yaml      the settings of the command that began it, where there was one
 """
 
 import json
@@ -17,9 +18,9 @@ from interp.core.errors import ArtifactError, ConfigError
 from interp.core.settings import Settings, describe_faults
 from interp.data.codec import codec_named
 
-__all__ = ["COMPLETE", "MANIFEST", "SHARDS", "Manifest", "SiteLayout", "TextLayout", "read_complete"]
+__all__ = ["COMPLETE", "MANIFEST", "SETTINGS", "SHARDS", "Manifest", "SiteLayout", "TextLayout", "read_complete"]
 
-MANIFEST, COMPLETE, SHARDS = "manifest.json", "complete.json", "shards"
+MANIFEST, COMPLETE, SHARDS, SETTINGS = "manifest.json", "complete.json", "shards", "config.yaml"
 FORMAT = 1
 
 

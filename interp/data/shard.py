@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from interp.core.disk import sync
@@ -178,7 +178,7 @@ class Shard:
                 raise ArtifactError(f"{path} {found}, its record says {held['bytes']}; {_CURE}")
         self._mapped: dict[str, Tensor] = {}
 
-    def column(self, name: str) -> Int[Tensor, "row"]:
+    def column(self, name: str) -> Shaped[Tensor, "row"]:
         """What is known of every row, by a name in `COLUMNS`."""
         dtype = COLUMNS[name]
         return self._map(file_name(name, "", str(dtype).removeprefix("torch.")), dtype, (self.rows,))

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,13 @@ from typing import BinaryIO
 
 from interp.core.disk import clear_drafts, write_json
 from interp.core.errors import ArtifactError, ConfigError
-from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest, read_complete
+from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest, read_complete
 from interp.data.shard import read_record, shard_name
 
 __all__ = ["Claim", "StoreFolder"]
 
 _LOCKS, _END = "locks", "end.json"
-_DRAFTS = (r"\d{6,}", MANIFEST, COMPLETE, _END)
+_PAUSE = 0.2  # seconds between two looks at what others are doing
 
 
 class Claim:
@@ -70,7 +71,7 @@ class StoreFolder:
             ArtifactError: the folder holds something else.
             ConfigError: it is a store with other settings.
         """
-        held = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        held = sorted(p.name for p in self.path.iterdir() if p.name != SETTINGS) if self.path.is_dir() else []
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is a file; a store is a folder: choose another path")
         if held and not resume:
@@ -131,23 +132,30 @@ class StoreFolder:
             number += 1
         return end
 
-    def claims(self, limit: Callable[[], int | None]) -> Iterator[Claim]:
-        """Take one unit after the other that is neither there nor being written, until none is left.
+    def claims(self, limit: Callable[[], int | None], should_stop: Callable[[], bool]) -> Iterator[Claim]:
+        """Take one unit after the other that is neither there nor being written, until all of them are there.
+
+        Units that others are writing are waited for at the end: should one of those die, its unit is free again.
 
         Args:
             limit: the number of units, as far as it is known.
+            should_stop: asked while waiting; when it says True, no more come.
         """
         number = 0
-        done: set[int] = set()
-        while True:
+        mine: set[int] = set()
+        while not should_stop():
             end = limit()
             if end is not None and number >= end:
-                return
-            if number not in done and not self.place(number).is_dir() and (claim := self._claim(number)) is not None:
-                done.add(number)
+                missing = set(range(end)) - mine - set(self.whole())
+                if not missing:
+                    return
+                time.sleep(_PAUSE)
+                number = min(missing)
+            if number not in mine and not self.place(number).is_dir() and (claim := self._claim(number)) is not None:
                 if self.place(number).is_dir():
                     claim.release()
                 else:
+                    mine.add(number)
                     clear_drafts(self.path / SHARDS, [shard_name(number)])
                     yield claim
             number += 1
@@ -173,10 +181,7 @@ class StoreFolder:
             totals = {name: sum(int(record[name]) for record in records) for name in ("rows", "tokens")}
             size = sum(held["bytes"] for record in records for held in record["files"].values())
             write_json(self.path / COMPLETE, {"units": limit, **totals, "bytes": size})
-            for path in (self.path / _LOCKS).iterdir():
-                if path.name != "store":
-                    path.unlink(missing_ok=True)
-            clear_drafts(self.path, [], patterns=_DRAFTS)
+            self._clear()
         return True
 
     def reopen(self, max_tokens: int | None) -> None:
@@ -198,6 +203,15 @@ class StoreFolder:
             )
         with self._writing():
             (self.path / COMPLETE).unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """Remove drafts and locks of writers that are gone; a unit beyond the end may still have one at it."""
+        names = {p.name.split(".")[1] for p in (self.path / SHARDS).glob(".*.tmp")}
+        for name in names | {p.name for p in (self.path / _LOCKS).iterdir()}:
+            if name.isdecimal() and (claim := self._claim(int(name))) is not None:
+                clear_drafts(self.path / SHARDS, [name])
+                claim.release()
+        clear_drafts(self.path, [MANIFEST, COMPLETE, _END])
 
     def _tokens(self, number: int) -> int:
         if number not in self._known:

@@ -150,6 +150,11 @@ class TrainConfig(Settings):
     data: str = Field(
         description="text: a .txt, .md or .jsonl file, a folder of them, hf://owner/name, or testbed: the small world's"
     )
+    store: str | None = Field(
+        default=None,
+        description="folder of activations that `interp capture` wrote, to train on instead of running the model; "
+        "data is then the text to measure on",
+    )
     out: str = Field(description="folder to write; it must not hold anything yet")
     seed: int = Field(default=0, ge=0, description="of the first weights and the shuffling")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default where the model loads")

@@ -17,7 +17,6 @@ from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.data.documents import Part
 from interp.data.store import ActivationStore, StreamState
-from interp.data.streamed import StreamedActivations
 from interp.data.tokens import TokenSource
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.baseline import PCA, fit_pca
@@ -219,7 +218,7 @@ class _Job:
         self.dictionary = _dictionary(self.cfg, int(shape[-1])).to(self.hm.device)
         # Text that cannot be read, rows too long for the model, or too little text to hold some out are better known
         # before training than after.
-        first = next(self.store.tokens.blocks())
+        first = next(_tokens(cfg, self.hm, "train").blocks())
         try:
             self.hm.to_tokens(first.ids[:1], mask=first.mask[:1])
         except DataError as err:
@@ -227,7 +226,7 @@ class _Job:
         next(_tokens(cfg, self.hm, "held_out").blocks())
         self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=self.site.name)
-        self.stream = self.store.batches(should_stop=stop)
+        self.stream = self.store.batches(x=self.site, should_stop=stop)
 
     def begin(self, *, force: bool) -> int:
         """Make the folder of a new run; gives the step that it begins after."""
@@ -270,7 +269,7 @@ class _Job:
         training = self.fit.finish()
         if training.steps:
             with self.folder.writing():
-                self.dictionary.save(self.folder.path, notes=_notes(self.cfg, self.hm, self.store, training))
+                self.dictionary.save(self.folder.path, notes=_notes(self.cfg, self.hm, training))
         return training
 
     def measured(self) -> DictionaryEvaluation | None:
@@ -331,7 +330,7 @@ class _Job:
                 pass
         elif record:
             named = {k.removeprefix(_STREAM): v for k, v in saved.tensors.items() if k.startswith(_STREAM)}
-            self.stream = self.store.batches(should_stop=self.stop, state=StreamState(record, named))
+            self.stream = self.store.batches(x=self.site, should_stop=self.stop, state=StreamState(record, named))
 
 
 def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
@@ -363,27 +362,36 @@ def _versions(hm: HookManager) -> dict[str, str]:
     return {**Provenance.of(hm).versions, **gpu}
 
 
-def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> StreamedActivations:
-    return ActivationStore.stream(
-        hm,
-        _tokens(cfg, hm, "train"),
-        site,
-        batch_size=cfg.train.batch_size,
-        buffer_tokens=cfg.train.buffer_tokens,
-        seed=cfg.seed,
-        repeat=True,
-    )
+def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> ActivationStore:
+    sizes: Any = {"batch_size": cfg.train.batch_size, "buffer_tokens": cfg.train.buffer_tokens, "seed": cfg.seed}
+    if cfg.store is None:
+        return ActivationStore.stream(hm, _tokens(cfg, hm, "train"), site, repeat=True, **sizes)
+    store = ActivationStore.open(cfg.store, repeat=True, **sizes)
+    made, config = store.manifest, Provenance.of(hm).config_hash
+    if site not in store.sites:
+        raise ConfigError(f"the store in {cfg.store} holds {[s.short for s in store.sites]}, not {site.short}")
+    if made.config_hash != config or made.weights != weights_digest(hm.model):
+        raise ConfigError(f"the store in {cfg.store} was captured from {made.model}, which is not {cfg.model}")
+    if not store.complete:
+        raise ConfigError(f"the store in {cfg.store} is not complete; `interp capture --resume --out {cfg.store}`")
+    parted = made.text.part == "train" and made.text.hold_out_every == cfg.text.hold_out_every
+    if cfg.evaluation.data is None and not parted:
+        raise ConfigError(
+            f"the store in {cfg.store} holds {made.text.part!r} documents, so none of {cfg.data} are known to be held "
+            "out; capture with --text.part train, or give evaluation.data"
+        )
+    return store
 
 
-def _notes(cfg: TrainConfig, hm: HookManager, store: StreamedActivations, training: Training) -> dict[str, Any]:
+def _notes(cfg: TrainConfig, hm: HookManager, training: Training) -> dict[str, Any]:
     """What SAELens' metadata says of a dictionary."""
     return {
-        "hook_name": store.sites[0].name,
+        "hook_name": Site(cfg.site).name,
         "model_name": hm.name,
         "model_class_name": type(hm.model).__name__,
         "context_size": cfg.text.ctx,
         "dataset_path": cfg.data,
-        "prepend_bos": store.tokens.bos,
+        "prepend_bos": _tokens(cfg, hm, "train").bos,
         "exclude_special_tokens": True,
         "disable_concat_sequences": cfg.text.packing == "one_doc",
         "training_tokens": training.tokens,

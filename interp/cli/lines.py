@@ -1,0 +1,97 @@
+"""What command lines with a config file have in common."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_origin
+
+import tyro
+from pydantic import BaseModel
+
+from interp.core.errors import ConfigError
+
+__all__ = ["config_file", "line_with_defaults", "value_on"]
+
+_Line = TypeVar("_Line", bound=BaseModel)
+
+
+def config_file(argv: list[str], config: type[BaseModel]) -> tuple[str | None, list[str]]:
+    """The config file on a line, with or without --config, and the other words.
+
+    It decides the defaults that the rest is read with, so it must be known before.
+
+    Args:
+        argv: the words of the line.
+        config: the settings that have options; more words after an option of a list are taken for its values.
+
+    Raises:
+        ConfigError: there are two.
+    """
+    found, others, rest = [], [], iter(argv)
+    flags = {f"--{name}" for name in ("help", "dry-run", "json", "force", "resume")} | _switches(config)
+    lists, listed = _lists(config), False
+    for word in rest:
+        name, equals, value = word.replace("_", "-").partition("=")
+        if name == "--config":
+            found.append(word.partition("=")[2] if equals else next(rest, ""))
+        elif word.startswith("-"):
+            others.append(word)
+            if not equals and name not in flags and word != "-h" and (value := next(rest, "")):
+                others.append(value)
+                listed = name in lists
+                continue
+            listed = False
+        elif listed and not word.endswith((".yaml", ".yml")):
+            others.append(word)
+        else:
+            found.append(word)
+    if len(found) > 1:
+        raise ConfigError(f"one config file is read, got {' and '.join(found)}; did one of them lack its --option?")
+    return (found[0] if found else None), others
+
+
+def line_with_defaults(
+    line: type[_Line], config: type[BaseModel], given: Mapping[str, Any], stand_in: Mapping[str, Any]
+) -> _Line:
+    """The settings that those on the line go before; what they leave out, and the line must give, is marked missing.
+
+    Args:
+        line: the options of the line, those of the settings among them.
+        config: the settings.
+        given: settings from a file.
+        stand_in: values of required settings that let the rest be checked, and are never used.
+    """
+    required = {name for name, field in config.model_fields.items() if field.is_required()}
+    checked = config.model_validate({**{name: stand_in[name] for name in required - given.keys()}, **given})
+    values: dict[str, Any] = {name: getattr(checked, name) for name in config.model_fields}
+    values.update(dict.fromkeys(required - given.keys(), tyro.MISSING))
+    return line.model_construct(**values)
+
+
+def _switches(config: type[BaseModel], path: str = "") -> set[str]:
+    """The options of a configuration that take no value."""
+    names: set[str] = set()
+    for name, field in config.model_fields.items():
+        word, kind = name.replace("_", "-"), field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names |= _switches(kind, f"{path}{word}.")
+        elif kind is bool:
+            names |= {f"--{path}{word}", f"--{path}no-{word}"}
+    return names
+
+
+def value_on(words: list[str], option: str) -> str | None:
+    """The value of an option on the line."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _lists(config: type[BaseModel]) -> set[str]:
+    """The options that take several values."""
+    return {
+        f"--{name.replace('_', '-')}"
+        for name, field in config.model_fields.items()
+        if get_origin(field.annotation) in (list, tuple)
+    }
