@@ -28,9 +28,7 @@ class Ahead(Iterator[_T], Generic[_T]):
         self._thread.start()
 
     def __next__(self) -> _T:
-        if self._ended.is_set():
-            raise StopIteration
-        going, item = self._ready.get()
+        going, item = self._waited()
         if going:
             made: _T = item
             return made
@@ -38,6 +36,14 @@ class Ahead(Iterator[_T], Generic[_T]):
         if isinstance(item, BaseException):
             raise item
         raise StopIteration
+
+    def _waited(self) -> tuple[bool, Any]:
+        while not self._ended.is_set():
+            try:
+                return self._ready.get(timeout=_SHORT)
+            except queue.Empty:
+                continue
+        return False, None
 
     def close(self) -> None:
         """End the thread and wait for it; items that waited are dropped."""

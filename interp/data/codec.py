@@ -33,6 +33,11 @@ class Codec:
         """What a row of `width` numbers takes, without a channel's scales."""
         return width * self.dtype.itemsize + (4 if self.scale == "row" else 0)
 
+    @property
+    def given(self) -> torch.dtype:
+        """Of what is read: what is written, or fp32 where there is a scale."""
+        return torch.float32 if self.scale else self.dtype
+
     def encode(self, x: Float[Tensor, "row d"]) -> dict[str, Tensor]:
         """Return what is written of some rows: `values`, and `scale` where there is one.
 
@@ -42,7 +47,8 @@ class Codec:
         if not self.scale:
             return {"values": x.to(self.dtype)}
         x = x.float()
-        top = x.abs().amax(1 if self.scale == "row" else 0) if x.numel() else x.new_zeros(len(x))
+        by_row = self.scale == "row"
+        top = x.abs().amax(1 if by_row else 0) if x.numel() else x.new_zeros(len(x) if by_row else x.shape[1])
         scale = top / _TOP
         apart = scale[:, None] if self.scale == "row" else scale
         values = (x / torch.where(apart > 0, apart, 1)).round().clamp(-_TOP, _TOP)
@@ -54,6 +60,8 @@ class Codec:
         """Return the numbers that some rows stand for; raw ones come as they are, without a copy."""
         if scale is None:
             return values
+        if not len(values):
+            return values.float()
         return values.float() * (scale[:, None] if self.scale == "row" else scale)
 
 

@@ -39,6 +39,7 @@ COLUMNS: Mapping[str, torch.dtype] = {
     "position": torch.int32,
     "special": torch.uint8,
 }
+_SUM = "crc32"  # of the record itself
 _CHECKED = 1 << 24  # bytes that are read at once for a checksum
 
 
@@ -68,7 +69,7 @@ class ShardWriter:
         self.rows = 0
         self.counted = 0
         self._files: dict[str, tuple[BinaryIO, list[int]]] = {}
-        self._errors: dict[str, list[float]] = {}
+        self._errors: dict[str, _Error] = {}
         self._waiting: dict[tuple[str, str], list[Tensor]] = {}
         self.draft.mkdir(parents=True)
 
@@ -110,10 +111,10 @@ class ShardWriter:
             os.fsync(file.fileno())
             file.close()
             files[name] = {"bytes": held[0], "crc32": held[1]}
-        errors = {name: _error(sums) for name, sums in self._errors.items()}
-        text = {"rows": self.rows, "tokens": self.counted, **record, "files": files, "error": errors}
+        errors = {name: error.figures() for name, error in self._errors.items()}
+        said = {"rows": self.rows, "tokens": self.counted, **record, "files": files, "error": errors}
         whole = self.draft / RECORD
-        whole.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+        whole.write_text(json.dumps({**said, _SUM: _record_sum(said)}, indent=1) + "\n", encoding="utf-8")
         for path in (whole, self.draft):
             sync(path)
         if self.place.exists():
@@ -133,12 +134,9 @@ class ShardWriter:
         self._write(file_name(part, site, str(codec.dtype).removeprefix("torch.")), coded["values"])
         if codec.scale:
             self._write(file_name(f"scale-{part}", site, "float32"), coded["scale"])
-            x = rows.float()
-            missed = x - codec.decode(coded["values"], coded["scale"])
-            sums = self._errors.setdefault(f"{part}.{site}", [0.0, 0.0, 0.0])
-            sums[0] += float(missed.double().pow(2).sum())
-            sums[1] += float(x.double().pow(2).sum())
-            sums[2] = max(sums[2], float(missed.abs().max()) if missed.numel() else 0.0)
+            self._errors.setdefault(f"{part}.{site}", _Error()).add(
+                rows.double(), codec.decode(coded["values"], coded["scale"])
+            )
 
     def _write(self, name: str, values: Tensor) -> None:
         if name not in self._files:
@@ -150,8 +148,30 @@ class ShardWriter:
         held[1] = zlib.crc32(raw, held[1])
 
 
-def _error(sums: list[float]) -> dict[str, float]:
-    return {"fvu": sums[0] / sums[1] if sums[1] else 0.0, "largest": sums[2]}
+class _Error:
+    """What a codec loses of some rows: sums in fp64, about the first rows' mean."""
+
+    def __init__(self) -> None:
+        self.n, self.missed, self.largest = 0, 0.0, 0.0
+        self.shift = self.sum = self.squares = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, x: Float[Tensor, "row d"], near: Float[Tensor, "row d"]) -> None:
+        if not len(x):
+            return
+        if not self.n:
+            self.shift = x.mean(0)
+            self.sum, self.squares = torch.zeros_like(self.shift), torch.zeros_like(self.shift)
+        missed, moved = x - near, x - self.shift
+        self.n += len(x)
+        self.missed += float(missed.pow(2).sum())
+        self.largest = max(self.largest, float(missed.abs().max()))
+        self.sum += moved.sum(0)
+        self.squares += moved.pow(2).sum(0)
+
+    def figures(self) -> dict[str, float]:
+        """The fraction of variance that is lost (0 where there is none), and the largest error of a number."""
+        variance = float((self.squares - self.sum.pow(2) / max(self.n, 1)).sum())
+        return {"fvu": self.missed / variance if variance > 0 else 0.0, "largest": self.largest}
 
 
 class Shard:
@@ -177,11 +197,16 @@ class Shard:
                 found = "is missing" if size < 0 else f"has {size} bytes"
                 raise ArtifactError(f"{path} {found}, its record says {held['bytes']}; {_CURE}")
         self._mapped: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        self._raw: dict[tuple[str, str], Tensor] = {}
 
     def column(self, name: str) -> Shaped[Tensor, "row"]:
         """What is known of every row, by a name in `COLUMNS`."""
-        dtype = COLUMNS[name]
-        return self._map(file_name(name, "", str(dtype).removeprefix("torch.")), dtype, (self.rows,))
+        if name not in self._columns:
+            dtype = COLUMNS[name]
+            file = file_name(name, "", str(dtype).removeprefix("torch."))
+            self._columns[name] = self._map(file, dtype, (self.rows,))
+        return self._columns[name]
 
     @cached_property
     def counted(self) -> Bool[Tensor, "row"]:
@@ -190,9 +215,11 @@ class Shard:
 
     def raw(self, site: str, part: str = "values") -> Tensor:
         """A site's rows as they lie on the disk, [row d], without a copy."""
-        width = math.prod(self.shapes[site])
-        name = file_name(part, site, str(self.codec.dtype).removeprefix("torch."))
-        return self._map(name, self.codec.dtype, (self.rows, width))
+        if (site, part) not in self._raw:
+            width = math.prod(self.shapes[site])
+            name = file_name(part, site, str(self.codec.dtype).removeprefix("torch."))
+            self._raw[site, part] = self._map(name, self.codec.dtype, (self.rows, width))
+        return self._raw[site, part]
 
     def select(self, site: str, index: Int[Tensor, "n"] | slice, part: str = "values") -> Float[Tensor, "n d"]:
         """Some rows of a site, decoded; a view of the disk's where nothing has to be."""
@@ -201,6 +228,13 @@ class Shard:
         if scale is not None and self.codec.scale == "row":
             scale = scale[index] if isinstance(index, slice) else scale.index_select(0, index)
         return self.codec.decode(mine, scale)
+
+    def select_into(self, out: Float[Tensor, "n d"], site: str, index: Int[Tensor, "n"], part: str = "values") -> None:
+        """The same, written to where it should go, of the dtype that the codec gives."""
+        if self.codec.scale:
+            out.copy_(self.select(site, index, part))
+        else:
+            torch.index_select(self.raw(site, part), 0, index, out=out)
 
     def check(self) -> Iterator[str]:
         """Read every file and say which are not what was written."""
@@ -227,8 +261,12 @@ class Shard:
             count = math.prod(shape)
             # Private: what is written to such a tensor never reaches the file.
             flat = torch.from_file(str(self.folder / name), shared=False, size=count, dtype=dtype) if count else None
-            self._mapped[name] = torch.empty(0, dtype=dtype) if flat is None else flat
-        return self._mapped[name].view(shape)
+            self._mapped[name] = (torch.empty(0, dtype=dtype) if flat is None else flat).view(shape)
+        return self._mapped[name]
+
+
+def _record_sum(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 _CURE = "`interp store repair` drops damaged shards, and `interp capture --resume` makes them again"
@@ -242,8 +280,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if not {"rows", "tokens", "files"} <= set(record):
-            raise ValueError("it lacks rows, tokens or files")
+        if not isinstance(record, dict) or record.pop(_SUM, None) != _record_sum(record):
+            raise ValueError("it is not what was written")
     except (OSError, ValueError) as err:
         raise ArtifactError(f"{folder / RECORD} cannot be read ({err}); {_CURE}") from err
     return dict(record)
