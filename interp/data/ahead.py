@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 __all__ = ["Ahead"]
@@ -48,6 +49,10 @@ class Ahead(Iterator[_T], Generic[_T]):
     def close(self) -> None:
         """End the thread and wait for it; items that waited are dropped."""
         self._ended.set()
+        # Room for what it may be waiting to put down.
+        with suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
         if self._thread is not threading.current_thread():
             self._thread.join()
 

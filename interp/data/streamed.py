@@ -9,6 +9,7 @@ from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
 from interp.core.site import Site
+from interp.data.ahead import Ahead
 from interp.data.store import ActivationStore, Rows, StreamState, check_sizes, row_sites
 from interp.data.tokens import Cursor, TokenBlock, TokenSource
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
 __all__ = ["StreamedActivations"]
+
+_AHEAD = 4  # blocks of tokens that are made ready while the model runs
 
 
 class StreamedActivations(ActivationStore):
@@ -81,11 +84,15 @@ class StreamedActivations(ActivationStore):
         # From a cursor on, nothing more may come of a text that has given something before.
         again = cursor is not None and self.repeat
         while True:
-            for block in self.tokens.blocks(cursor):
-                keep = (block.mask & ~block.special).flatten().nonzero().flatten()
-                if len(keep):
-                    again = self.repeat
-                    yield self._capture(block, keep), block.cursor
+            blocks = Ahead(self.tokens.blocks(cursor), _AHEAD)
+            try:
+                for block in blocks:
+                    keep = (block.mask & ~block.special).flatten().nonzero().flatten()
+                    if len(keep):
+                        again = self.repeat
+                        yield self._capture(block, keep), block.cursor
+            finally:
+                blocks.close()
             if not again:
                 return
             again, cursor = False, None

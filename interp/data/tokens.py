@@ -127,10 +127,19 @@ class TokenSource:
     def pack(self, documents: Iterable[tuple[int, str]]) -> Iterator[TokenBlock]:
         """Yield some documents, by (index, text), as blocks of their own; none where they hold no token.
 
+        With packing "one_doc" rows of like length come together, the longest first, and blocks are no wider than their
+        longest row; so all rows of these documents are held at once.
+
         Args:
             documents: of any source, in the order of their indices.
         """
-        return self._blocks(self._rows(Cursor(), self._tokenized(iter(documents))))
+        rows = self._rows(Cursor(), self._tokenized(iter(documents)))
+        if self.packing != "one_doc":
+            yield from self._blocks(rows)
+            return
+        by_length = sorted(rows, key=lambda row: -len(row[0].ids))
+        for chunk in (by_length[i : i + self.rows] for i in range(0, len(by_length), self.rows)):
+            yield self._block([row for row, _ in chunk], chunk[-1][1], len(chunk[0][0].ids))
 
     def blocks(self, cursor: Cursor | None = None) -> Iterator[TokenBlock]:
         """Yield blocks of tokens, from the start or from where an earlier block's `cursor` points.
@@ -207,25 +216,27 @@ class TokenSource:
             for (index, _), row in zip(chunk, coded["input_ids"], strict=True):
                 yield index, row
 
-    def _block(self, rows: list[_Row], cursor: Cursor) -> TokenBlock:
-        ids = self._padded([row.ids for row in rows], self._pad)
-        mask = torch.arange(self.ctx) < torch.tensor([len(row.ids) for row in rows])[:, None]
+    def _block(self, rows: list[_Row], cursor: Cursor, width: int | None = None) -> TokenBlock:
+        width = self.ctx if width is None else width
+        ids = _padded([row.ids for row in rows], self._pad, width)
+        mask = torch.arange(width) < torch.tensor([len(row.ids) for row in rows])[:, None]
         position_ids = None
         if self.packing == "block_diagonal":
-            spare = [list(range(self.ctx - len(row.ids))) for row in rows]
+            spare = [list(range(width - len(row.ids))) for row in rows]
             position_ids = torch.tensor([row.position_ids + more for row, more in zip(rows, spare, strict=True)])
         return TokenBlock(
             ids=ids,
             mask=mask,
             special=special_mask(self.tokenizer, ids) | ~mask,
-            doc=self._padded([row.doc for row in rows], -1),
-            pos=self._padded([row.pos for row in rows], -1),
+            doc=_padded([row.doc for row in rows], -1, width),
+            pos=_padded([row.pos for row in rows], -1, width),
             position_ids=position_ids,
             cursor=cursor,
         )
 
-    def _padded(self, rows: list[list[int]], fill: int) -> Int[Tensor, "row pos"]:
-        return torch.tensor([row + [fill] * (self.ctx - len(row)) for row in rows])
+
+def _padded(rows: list[list[int]], fill: int, width: int) -> Int[Tensor, "row pos"]:
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
 
 
 def _bos_habit(tokenizer: "PreTrainedTokenizerBase") -> bool:

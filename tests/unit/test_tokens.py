@@ -82,6 +82,19 @@ def test_one_doc_gives_each_document_its_row_cut_or_padded() -> None:
     assert column(blocks, "doc")[2].tolist() == [3, 3, -1, -1, -1, -1]
 
 
+def test_documents_packed_alone_come_by_length_in_blocks_no_wider_than_their_longest() -> None:
+    given = list(enumerate(TEXTS, 5))
+    blocks = list(source(packing="one_doc").pack(given))
+    assert [block.ids.shape[1] for block in blocks] == [6, 4]
+    lengths = [int(n) for block in blocks for n in block.mask.sum(1)]
+    assert lengths == sorted(lengths, reverse=True)
+    # Every document once, cut at the row's end as ever.
+    expected = [(d + 5, p, i) for d, p, i in planted() if p < 5]
+    rows = [row for block in blocks for row in own([block])]
+    assert sorted(rows) == expected
+    assert not list(source().pack([]))
+
+
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_going_on_at_any_cursor_gives_the_same_rows_as_not_stopping(packing: Packing, bos: bool) -> None:
