@@ -1,5 +1,6 @@
 """One forward pass with hooks: which hooks a request needs, what each does, and when the forward may stop."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -108,7 +109,9 @@ class Forward:
     def __post_init__(self) -> None:
         self.changed = [None] * len(self.plan.writes)
         self.selected = [False] * len(self.plan.writes)
-        work = {p.site.key: _Work(self, p, [], []) for p in self.plan.points}
+        # Not a strong reference: the two would keep each other, and all that was read, until Python looks for cycles.
+        me: Forward = weakref.proxy(self)
+        work = {p.site.key: _Work(me, p, [], []) for p in self.plan.points}
         for read in self.plan.reads:
             work[read.key].reads.append(read)
         for number, edit in enumerate(self.plan.writes):

@@ -1,7 +1,9 @@
 """Doing the next piece of work while the last one is used."""
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
@@ -27,6 +29,7 @@ class Ahead(Iterator[_T], Generic[_T]):
         self._ended = threading.Event()
         self._thread = threading.Thread(target=_work, args=(items, self._ready, self._ended), daemon=True)
         self._thread.start()
+        _OPEN.add(self)
 
     def __next__(self) -> _T:
         going, item = self._waited()
@@ -58,6 +61,16 @@ class Ahead(Iterator[_T], Generic[_T]):
 
     def __del__(self) -> None:
         self._ended.set()
+
+
+# A thread that is at work when the interpreter ends may bring the process down.
+_OPEN: "weakref.WeakSet[Ahead[Any]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for ahead in list(_OPEN):
+        ahead.close()
 
 
 _Queue = queue.Queue[tuple[bool, Any]]

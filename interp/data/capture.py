@@ -4,6 +4,7 @@ Text is cut into units of so many documents; each is packed, run and written on 
 is there whole or not at all. So the bytes hang neither on how many writers there are nor on when they were stopped.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -222,6 +223,8 @@ class _Job:
         self.codec = codec_named(manifest.dtype)
         self.codecs = {(part, site.name): self.codec for part in manifest.parts for site in manifest.sites}
         self.text_seconds = self.model_seconds = 0.0
+        self.fitting: int | None = None  # rows that memory holds, where that is fewer than the layout's
+        self.claimed: list[Claim] = []  # those whose unit is not whole, should this end before
         self.writer = Writer(_AHEAD)
         self.ahead = Ahead(self._units(), _AHEAD)
         self.bar = tqdm(
@@ -239,6 +242,8 @@ class _Job:
     def __exit__(self, *_: object) -> None:
         self.ahead.close()
         self.writer.drop()
+        for claim in self.claimed:
+            claim.release()
         self.bar.close()
 
     def run(self) -> Captured:
@@ -277,6 +282,7 @@ class _Job:
         """In a thread of its own: each unit that nobody has taken, as its claim, its blocks, and its documents."""
         size, text = self.manifest.text.unit_documents, _Forward(self.tokens)
         for claim in self.store.claims(self._limit, self.should_stop):
+            self.claimed = [*(held for held in self.claimed if held.held), claim]
             wanted = range(claim.number * size, (claim.number + 1) * size)
             found = text.documents(wanted)
             if found is None:
@@ -305,7 +311,8 @@ class _Job:
         keep = block.mask.flatten().nonzero()[:, 0]
         there = keep.to(self.hm.device, non_blocking=True)
         if self.manifest.gradient is None:
-            run = self.hm.run(block.inputs, read=self.sites, logits="none")
+            run = self.hm.run(block.inputs, read=self.sites, logits="none", batch_size=self.fitting)
+            self._note_memory(run.notes)
         else:
             run = self.hm.run(block.inputs, read=self.sites, grad=_text_loss)
         values = {}
@@ -316,6 +323,13 @@ class _Job:
                 values[part, site.name] = rows if self.codec.scale else rows.to(self.codec.dtype)
         columns = {"ids": block.ids, "document": block.doc, "position": block.pos, "special": block.special}
         return {name: column.flatten()[keep] for name, column in columns.items()}, values
+
+    def _note_memory(self, notes: Sequence[str]) -> None:
+        """Keep to parts that memory holds once a forward has been split."""
+        split = next((note for note in notes if note.startswith("out of memory")), None)
+        if split is not None:
+            self.fitting = max(1, (self.fitting or self.manifest.text.rows) // 2)
+            self.bar.write(f"{split}; fewer --text.rows would be faster", file=sys.stderr)
 
     def _report(self, tokens: int, began: float) -> None:
         self.bar.update(tokens)

@@ -109,12 +109,19 @@ class ActivationStore(ABC):
         seed: int = 0,
         repeat: bool = False,
         share: tuple[int, int] = (0, 1),
+        pin: bool = False,
     ) -> "StoredActivations":
         """Return what lies in a folder; see `StoredActivations` for the arguments."""
         from interp.data.stored import StoredActivations
 
         return StoredActivations(
-            folder, batch_size=batch_size, buffer_tokens=buffer_tokens, seed=seed, repeat=repeat, share=share
+            folder,
+            batch_size=batch_size,
+            buffer_tokens=buffer_tokens,
+            seed=seed,
+            repeat=repeat,
+            share=share,
+            pin=pin,
         )
 
     def batches(

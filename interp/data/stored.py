@@ -57,6 +57,7 @@ class StoredActivations(ActivationStore):
         seed: of the shuffling.
         repeat: begin another epoch when one ends; else the last batch may be smaller.
         share: (rank, world_size): of each `world_size` batches in turn, this reader takes number `rank`.
+        pin: gather batches in pinned memory, from which a GPU copies without waiting.
 
     Raises:
         ArtifactError: no store, no whole shard, or a damaged one.
@@ -72,6 +73,7 @@ class StoredActivations(ActivationStore):
         seed: int = 0,
         repeat: bool = False,
         share: tuple[int, int] = (0, 1),
+        pin: bool = False,
     ) -> None:
         check_sizes(batch_size, buffer_tokens)
         if not 0 <= share[0] < share[1]:
@@ -79,7 +81,7 @@ class StoredActivations(ActivationStore):
         self.folder, self.manifest = Path(folder), Manifest.read(Path(folder))
         self.sites = [Site(site.name) for site in self.manifest.sites]
         self.batch_size, self.buffer_tokens, self.seed = batch_size, buffer_tokens, seed
-        self.repeat, self.share = repeat, share
+        self.repeat, self.share, self.pin = repeat, share, pin
         self.shards: list[Shard] = []
         self.numbers: list[int] = []
         self.refresh()
@@ -149,10 +151,9 @@ class StoredActivations(ActivationStore):
             for shard, offset, low, high in zip(self.shards, self.offsets.tolist(), cuts, cuts[1:], strict=False)
             if low < high
         ]
-        codec = self.shards[0].codec
+        given: Any = {"dtype": self.shards[0].codec.given, "pin_memory": self.pin}
         found = [
-            [torch.empty(len(index), site.width, dtype=codec.given) for site in self.manifest.sites]
-            for _ in self.manifest.parts
+            [torch.empty(len(index), site.width, **given) for site in self.manifest.sites] for _ in self.manifest.parts
         ]
         ids, positions = (torch.empty(len(index), dtype=COLUMNS[name]) for name in ("ids", "position"))
         for shard, rows, place in pieces:

@@ -32,6 +32,11 @@ class Claim:
     def __init__(self, number: int, path: Path, held: BinaryIO) -> None:
         self.number, self._path, self._held = number, path, held
 
+    @property
+    def held(self) -> bool:
+        """Whether it has not been released."""
+        return not self._held.closed
+
     def release(self) -> None:
         """Let others have it."""
         if not self._held.closed:

@@ -366,7 +366,7 @@ def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> ActivationStore:
     sizes: Any = {"batch_size": cfg.train.batch_size, "buffer_tokens": cfg.train.buffer_tokens, "seed": cfg.seed}
     if cfg.store is None:
         return ActivationStore.stream(hm, _tokens(cfg, hm, "train"), site, repeat=True, **sizes)
-    store = ActivationStore.open(cfg.store, repeat=True, **sizes)
+    store = ActivationStore.open(cfg.store, repeat=True, pin=hm.device.type == "cuda", **sizes)
     made, config = store.manifest, Provenance.of(hm).config_hash
     if site not in store.sites:
         raise ConfigError(f"the store in {cfg.store} holds {[s.short for s in store.sites]}, not {site.short}")

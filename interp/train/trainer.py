@@ -266,8 +266,7 @@ class DictionaryFit:
 
     def step(self, batch: Batch) -> None:
         """One optimiser step."""
-        x = batch.x.to(self.device, torch.float32) * self.scale
-        target = None if batch.target is None else batch.target.to(self.device, torch.float32) * self.scale
+        x, target = self._scaled(batch.x), None if batch.target is None else self._scaled(batch.target)
         losses = self.dictionary.loss(replace(batch, x=x, target=target), dead=self._dead())
         losses.total.backward()
         self.dictionary.before_step()
@@ -279,6 +278,10 @@ class DictionaryFit:
         self.optimizer.zero_grad(set_to_none=True)
         self.dictionary.after_step()
         self._count(losses, len(x))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        # From pinned memory nothing waits for the copy; the conversion is the device's.
+        return x.to(self.device, non_blocking=True).float() * self.scale
 
     def check(self) -> None:
         """Refuse to go on from a loss that is not finite.

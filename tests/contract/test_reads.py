@@ -1,8 +1,13 @@
 """Reads on every family: complete, true to TransformerLens, to hand-made hooks and to the model's own attention."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 
+import interp
 from interp.core.errors import InterpError
 from interp.core.site import Site
 from tests.contract import laws, plain
@@ -126,3 +131,29 @@ def test_a_sliding_window_shorter_than_the_text_hides_the_first_token() -> None:
     for name in ("Mistral", "Gemma2", "Gemma3", "GPTNeo", "GptOss"):
         masked = [pattern[:, :, -1, 0].abs().max() == 0 for pattern in laws.reading(name).run.stack("pattern")]
         assert any(masked), name
+
+
+@pytest.mark.parametrize("request_", ["read", "many", "scores", "write", "edit of a pattern", "hooked"])
+def test_what_was_read_is_gone_when_it_is_let_go_without_waiting_for_the_collector(request_: str) -> None:
+    hm, ids = manager("Llama"), tokens()
+    asked: dict[str, dict[str, Any]] = {
+        "read": {"read": ["1.resid_post"]},
+        "many": {"read": ["*.resid_post", "1.pattern", "0.q", "ln_final.scale", "1.attn_out"]},
+        "scores": {"read": ["1.scores"], "logits": "all"},
+        "write": {"read": ["1.resid_post"], "write": [interp.Ablate("0.resid_post", "zero")]},
+        "edit of a pattern": {"read": ["1.pattern"], "write": [interp.Edit("0.pattern", lambda x: 2 * x)]},
+        "hooked": {"read": ["1.resid_post"]},
+    }
+    gc.collect()
+    gc.disable()
+    try:
+        if request_ == "hooked":
+            with torch.no_grad(), hm.hooked(**asked[request_]) as out:
+                hm.model(ids)
+        else:
+            out = hm.run(ids, **asked[request_])
+        held = [weakref.ref(value) for value in out._values.values()]
+        del out
+        assert held and not [ref for ref in held if ref() is not None]
+    finally:
+        gc.enable()
