@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from interp.core.where import Where
     from interp.data.capture import CaptureOptions, capture
     from interp.data.pairs import PromptPairs
+    from interp.data.statistics import activation_statistics
     from interp.data.store import ActivationStore
     from interp.dictionaries.base import SAE
     from interp.evaluate.dictionary import evaluate_dictionary
@@ -89,6 +90,7 @@ _NAMES_BY_MODULE = {
     "core.where": ("Where",),
     "data.capture": ("CaptureOptions", "capture"),
     "data.pairs": ("PromptPairs",),
+    "data.statistics": ("activation_statistics",),
     "data.store": ("ActivationStore",),
     "dictionaries.base": ("SAE",),
     "evaluate.dictionary": ("evaluate_dictionary",),
@@ -137,6 +139,7 @@ __all__ = [
     "WhereError",
     "__version__",
     "activation_patch",
+    "activation_statistics",
     "capture",
     "evaluate_dictionary",
     "induction_scores",
