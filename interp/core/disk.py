@@ -72,20 +72,24 @@ def appear(place: Path, write: Callable[[Path], Any]) -> Path:
     return place
 
 
-def clear_drafts(folder: Path, names: Iterable[str], *, patterns: Iterable[str] = ()) -> None:
-    """Remove what a run that was killed had begun to write; other files are left alone.
+def clear_drafts(folder: Path, names: Iterable[str], *, patterns: Iterable[str] = (), inside: bool = True) -> None:
+    """Remove what somebody who was killed had begun to write; other files are left alone.
+
+    Others may be at work in the folder: what vanishes meanwhile is no error.
 
     Args:
-        folder: the training's folder.
+        folder: where to look.
         names: of the files and folders that are written beside their place.
         patterns: regular expressions of further such names.
+        inside: look into its folders too.
     """
     draft = re.compile(rf"\.({'|'.join([*map(re.escape, names), *patterns])})\..*\.tmp")
-    for path in [path for path in folder.rglob(".*.tmp") if draft.fullmatch(path.name)]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    for root, folders, files in os.walk(folder):
+        for name in [name for name in folders if draft.fullmatch(name)]:
+            shutil.rmtree(Path(root) / name, ignore_errors=True)
+        for name in [name for name in files if draft.fullmatch(name)]:
+            (Path(root) / name).unlink(missing_ok=True)
+        folders[:] = [name for name in folders if inside and not draft.fullmatch(name)]
 
 
 def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:

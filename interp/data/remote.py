@@ -32,7 +32,7 @@ from interp.data.remotefolder import (
 )
 from interp.data.shard import RECORD, Shard, shard_name
 from interp.data.store import Rows, StreamState, check_sizes
-from interp.data.stored import _BLOCK, StoredActivations
+from interp.data.stored import BLOCK, StoredActivations
 from interp.data.storefolder import StoreFolder
 
 __all__ = ["RemoteStore", "Uploaded", "Uploader", "open_remote", "upload_store"]
@@ -338,9 +338,9 @@ class RemoteStore(StoredActivations):
 
     def _stream(self, should_stop: Callable[[], bool], state: StreamState | None) -> Any:
         # A shard with b of B blocks is in a window of w blocks with probability 1 − (1 − b/B)^w, about.
-        blocks = torch.tensor([math.ceil(shard.rows / _BLOCK) for shard in self.shards], dtype=torch.double)
+        blocks = torch.tensor([math.ceil(shard.rows / BLOCK) for shard in self.shards], dtype=torch.double)
         sizes = torch.tensor([record_bytes(shard.record) for shard in self.shards], dtype=torch.double)
-        window = max(1, self.buffer_tokens // _BLOCK)
+        window = max(1, self.buffer_tokens // BLOCK)
         need = float((sizes * (1 - (1 - blocks / blocks.sum()) ** window)).sum())
         if need > self._cache.limit:
             warnings.warn(

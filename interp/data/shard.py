@@ -16,7 +16,8 @@ import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -181,32 +182,46 @@ class Shard:
         folder: where it lies.
         shapes: the feature axes of each site.
         dtype: the codec's name.
+        record: what its record says, where the folder may not be there yet; then no file's length is looked at.
+        there: entered while a file is mapped; sees to it that the folder is there, and stays meanwhile.
 
     Raises:
         ArtifactError: its record is missing or damaged, or a file is not as long as it says.
     """
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: str,
+        *,
+        record: Mapping[str, Any] | None = None,
+        there: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.folder, self.shapes, self.codec = folder, shapes, codec_named(dtype)
-        self.record = read_record(folder)
+        self.record = read_record(folder) if record is None else dict(record)
         self.rows, self.tokens = int(self.record["rows"]), int(self.record["tokens"])
+        self._there = there
+        self._mapped: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        self._raw: dict[tuple[str, str], Tensor] = {}
+        if record is not None:
+            return
         for name, held in self.record["files"].items():
             path = folder / name
             size = path.stat().st_size if path.is_file() else -1
             if size != held["bytes"]:
                 found = "is missing" if size < 0 else f"has {size} bytes"
                 raise ArtifactError(f"{path} {found}, its record says {held['bytes']}; {_CURE}")
-        self._mapped: dict[str, Tensor] = {}
-        self._columns: dict[str, Tensor] = {}
-        self._raw: dict[tuple[str, str], Tensor] = {}
 
     def column(self, name: str) -> Shaped[Tensor, "row"]:
         """What is known of every row, by a name in `COLUMNS`."""
-        if name not in self._columns:
+        found = self._columns.get(name)
+        if found is None:
             dtype = COLUMNS[name]
             file = file_name(name, "", str(dtype).removeprefix("torch."))
-            self._columns[name] = self._map(file, dtype, (self.rows,))
-        return self._columns[name]
+            found = self._columns[name] = self._map(file, dtype, (self.rows,))
+        return found
 
     @cached_property
     def counted(self) -> Bool[Tensor, "row"]:
@@ -215,11 +230,12 @@ class Shard:
 
     def raw(self, site: str, part: str = "values") -> Tensor:
         """A site's rows as they lie on the disk, [row d], without a copy."""
-        if (site, part) not in self._raw:
+        found = self._raw.get((site, part))
+        if found is None:
             width = math.prod(self.shapes[site])
             name = file_name(part, site, str(self.codec.dtype).removeprefix("torch."))
-            self._raw[site, part] = self._map(name, self.codec.dtype, (self.rows, width))
-        return self._raw[site, part]
+            found = self._raw[site, part] = self._map(name, self.codec.dtype, (self.rows, width))
+        return found
 
     def select(self, site: str, index: Int[Tensor, "n"] | slice, part: str = "values") -> Float[Tensor, "n d"]:
         """Some rows of a site, decoded; a view of the disk's where nothing has to be."""
@@ -235,6 +251,13 @@ class Shard:
             out.copy_(self.select(site, index, part))
         else:
             torch.index_select(self.raw(site, part), 0, index, out=out)
+
+    def forget(self) -> None:
+        """Let go of the mapped files, until they are looked at again. Views that were given stay good."""
+        self._raw.clear()
+        self._columns.clear()
+        self._mapped.clear()
+        self.__dict__.pop("counted", None)
 
     def check(self) -> Iterator[str]:
         """Read every file and say which are not what was written."""
@@ -253,16 +276,19 @@ class Shard:
         return self._map(file_name(f"scale-{part}", site, "float32"), torch.float32, (width if self.rows else 0,))
 
     def _map(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        if name not in self._mapped:
+        found = self._mapped.get(name)
+        if found is None:
             if name not in self.record["files"]:
                 if self.rows:
                     raise ArtifactError(f"{self.folder} has no {name}; it was captured without it")
                 return torch.empty(shape, dtype=dtype)
-            count = math.prod(shape)
-            # Private: what is written to such a tensor never reaches the file.
-            flat = torch.from_file(str(self.folder / name), shared=False, size=count, dtype=dtype) if count else None
-            self._mapped[name] = (torch.empty(0, dtype=dtype) if flat is None else flat).view(shape)
-        return self._mapped[name]
+            flat, count = torch.empty(0, dtype=dtype), math.prod(shape)
+            if count:
+                with self._there():
+                    # Private: what is written to such a tensor never reaches the file.
+                    flat = torch.from_file(str(self.folder / name), shared=False, size=count, dtype=dtype)
+            found = self._mapped[name] = flat.view(shape)
+        return found
 
 
 def _record_sum(record: Mapping[str, Any]) -> int:
@@ -279,9 +305,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         ArtifactError: it is missing, or is not one.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.pop(_SUM, None) != _record_sum(record):
-            raise ValueError("it is not what was written")
+        return parse_record((folder / RECORD).read_bytes())
     except (OSError, ValueError) as err:
         raise ArtifactError(f"{folder / RECORD} cannot be read ({err}); {_CURE}") from err
-    return dict(record)
+
+
+def parse_record(raw: bytes) -> dict[str, Any]:
+    """Read a shard's record from its text.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    record = json.loads(raw)
+    if not isinstance(record, dict) or record.pop(_SUM, None) != _record_sum(record):
+        raise ValueError("it is not what was written")
+    return record

@@ -17,11 +17,11 @@ from interp.data.manifest import SHARDS, Manifest, read_complete
 from interp.data.shard import COLUMNS, Shard, shard_name
 from interp.data.store import ActivationStore, Rows, StreamState, check_sizes
 
-__all__ = ["StoredActivations", "StoredDocument"]
+__all__ = ["BLOCK", "StoredActivations", "StoredDocument"]
 
 # Rows that stay together until the last shuffle: long enough for a disk to read them in one go, short enough that many
 # come together in a buffer.
-_BLOCK = 1024
+BLOCK = 1024
 _AHEAD = 2  # batches that are gathered before they are wanted
 
 
@@ -109,13 +109,13 @@ class StoredActivations(ActivationStore):
         """
         complete, known = read_complete(self.folder), set(self.numbers)
         last = None if complete is None else int(complete["units"])
-        held = sorted(int(p.name) for p in (self.folder / SHARDS).glob("[0-9]*") if p.name.isdecimal())
+        held = self._whole()
         if last is not None and (gone := sorted(set(range(last)) - set(held))):
             raise ArtifactError(
                 f"{self.folder} lacks shard {shard_name(gone[0])} of {last}; `interp capture --resume` makes it again"
             )
         fresh = [n for n in held if n not in known and (last is None or n < last)]
-        made = [Shard(self.folder / SHARDS / shard_name(n), self.manifest.shapes, self.manifest.dtype) for n in fresh]
+        made = [self._shard(n) for n in fresh]
         order = sorted(zip(self.numbers + fresh, self.shards + made, strict=True), key=lambda pair: pair[0])
         if not order:
             raise ArtifactError(f"{self.folder} holds no whole shard yet; wait for the first, or for `interp capture`")
@@ -227,6 +227,13 @@ class StoredActivations(ActivationStore):
     def _stream(self, should_stop: Callable[[], bool], state: StreamState | None) -> "_AheadRows":
         return _AheadRows(_ShuffledRows(self, should_stop, state))
 
+    def _whole(self) -> list[int]:
+        """The numbers of the shards that can be read, in order."""
+        return sorted(int(p.name) for p in (self.folder / SHARDS).glob("[0-9]*") if p.name.isdecimal())
+
+    def _shard(self, number: int) -> Shard:
+        return Shard(self.folder / SHARDS / shard_name(number), self.manifest.shapes, self.manifest.dtype)
+
     def _piece(self, shard: Shard, index: Int[Tensor, "n"] | slice) -> Rows:
         parts = [[shard.select(site.name, index, part) for site in self.sites] for part in self.manifest.parts]
         ids, positions = (shard.column(name)[index].long() for name in ("ids", "position"))
@@ -284,7 +291,7 @@ class _ShuffledRows(Iterator[Rows]):
         # The shards that are there now: later ones would change the order.
         self.store, self.should_stop, self.n_shards = store, should_stop, len(store.shards)
         self.blocks = _blocks(store)
-        self.per_window = max(1, store.buffer_tokens // _BLOCK)
+        self.per_window = max(1, store.buffer_tokens // BLOCK)
         self.epoch, self.window, self.served, self.given = 0, 0, 0, 0
         self.left = torch.empty(0, dtype=torch.long)  # rows of the window before that filled no batch
         if state is not None and state.record:
@@ -362,8 +369,8 @@ def _blocks(store: StoredActivations) -> Int[Tensor, "block 2"]:
     """First row and end of every block; none crosses a shard."""
     found = []
     for shard, offset in zip(store.shards, store.offsets.tolist(), strict=False):
-        starts = torch.arange(0, shard.rows, _BLOCK)
-        found.append(torch.stack([starts, (starts + _BLOCK).clamp(max=shard.rows)], 1) + offset)
+        starts = torch.arange(0, shard.rows, BLOCK)
+        found.append(torch.stack([starts, (starts + BLOCK).clamp(max=shard.rows)], 1) + offset)
     return torch.cat(found)
 
 

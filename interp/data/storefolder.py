@@ -161,7 +161,7 @@ class StoreFolder:
                     claim.release()
                 else:
                     mine.add(number)
-                    clear_drafts(self.path / SHARDS, [shard_name(number)])
+                    clear_drafts(self.path / SHARDS, [shard_name(number)], inside=False)
                     yield claim
             number += 1
 
@@ -214,9 +214,9 @@ class StoreFolder:
         names = {p.name.split(".")[1] for p in (self.path / SHARDS).glob(".*.tmp")}
         for name in names | {p.name for p in (self.path / _LOCKS).iterdir()}:
             if name.isdecimal() and (claim := self._claim(int(name))) is not None:
-                clear_drafts(self.path / SHARDS, [name])
+                clear_drafts(self.path / SHARDS, [name], inside=False)
                 claim.release()
-        clear_drafts(self.path, [MANIFEST, COMPLETE, _END])
+        clear_drafts(self.path, [MANIFEST, COMPLETE, _END], inside=False)
 
     def _tokens(self, number: int) -> int:
         if number not in self._known:

@@ -1,0 +1,430 @@
+"""The folder of a store on a file system of fsspec's, and the local cache of its shards.
+
+Nothing that comes from there is taken at its word: names of shards are numbers, names and lengths of files are those
+that the manifest asks for, and contents have the checksums of their record.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from interp.core.disk import appear, atomic_write, clear_drafts, differences, write_json
+from interp.core.errors import ArtifactError, ConfigError, InterpError
+from interp.data.codec import codec_named
+from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest
+from interp.data.shard import COLUMNS, RECORD, Shard, file_name, parse_record, shard_name
+
+__all__ = ["RemoteFolder", "ShardCache", "checked_record", "checksum", "read_manifest", "record_bytes", "refuse_other"]
+
+_T = TypeVar("_T")
+_ATTEMPTS, _WAIT = 5, 1.0  # how often a transfer is tried, and seconds before the second time; doubled each time
+_CHUNK = 1 << 24  # bytes that are read at once for a checksum
+_TOGETHER = 256  # records that are asked for at once
+_MARK, _RECORDS = "remote.json", "records"
+# Errors that do not pass by themselves.
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# File systems where what is written appears at once, or not at all; elsewhere it is written beside its place.
+_OBJECTS = {"abfs", "abfss", "adl", "az", "gcs", "gs", "memory", "oss", "r2", "s3", "s3a"}
+
+
+class RemoteFolder:
+    """The folder of a store on one of fsspec's file systems; transfers that fail are tried again."""
+
+    def __init__(self, url: str) -> None:
+        import fsspec
+
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as err:
+            raise ConfigError(
+                f"{url} cannot be reached: {err}; give a URL that fsspec knows, such as 's3://bucket/folder' with "
+                "`pip install s3fs`, 'gcs://bucket/folder' with `pip install gcsfs`, or a path"
+            ) from err
+        self.root = root.rstrip("/")
+        self.url = str(self.fs.unstrip_protocol(self.root))
+        known = self.fs.protocol
+        self._objects = bool(_OBJECTS & ({known} if isinstance(known, str) else set(known)))
+
+    def path(self, *parts: str) -> str:
+        """Where something of the folder lies."""
+        return "/".join((self.root, *parts))
+
+    def names(self) -> list[str]:
+        """What lies in the folder itself."""
+
+        def look() -> list[str]:
+            self.fs.invalidate_cache()
+            try:
+                return [str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
+            except FileNotFoundError:
+                return []
+
+        return self.tried(look, "be listed")
+
+    def read(self, *parts: str) -> bytes | None:
+        """A small file's content; None where there is no such file."""
+
+        def look() -> bytes | None:
+            try:
+                return bytes(self.fs.cat_file(self.path(*parts)))
+            except FileNotFoundError:
+                return None
+
+        return self.tried(look, f"be read ({'/'.join(parts)})")
+
+    def write(self, data: bytes, *parts: str) -> None:
+        """Write a small file, which is there whole or not at all."""
+        place = self.path(*parts)
+
+        def put() -> None:
+            if self._objects:
+                self.fs.pipe_file(place, data)
+                return
+            folder, _, name = place.rpartition("/")
+            draft = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+            self.fs.makedirs(folder, exist_ok=True)
+            self.fs.pipe_file(draft, data)
+            self.fs.mv(draft, place)
+
+        self.tried(put, f"be written ({'/'.join(parts)})")
+
+    def send(self, local: Path, size: int, *parts: str) -> None:
+        """Copy a file there, and see that it has arrived in full length."""
+        place = self.path(*parts)
+
+        def put() -> None:
+            if not self._objects:
+                self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+            self.fs.put_file(str(local), place)
+            self.fs.invalidate_cache(place.rpartition("/")[0])
+            if (there := self.size(*parts)) != size:
+                raise OSError(f"{place} has {there} bytes there, {size} were sent")
+
+        self.tried(put, f"be written ({'/'.join(parts)})")
+
+    def size(self, *parts: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        try:
+            return int(self.fs.info(self.path(*parts))["size"])
+        except FileNotFoundError:
+            return None
+
+    def remove(self, *parts: str) -> None:
+        """Remove a file."""
+        self.tried(lambda: self.fs.rm_file(self.path(*parts)), f"be changed ({'/'.join(parts)})")
+
+    def whole(self) -> list[int]:
+        """The numbers of the shards that have a record there; other names are none of ours."""
+        prefix = self.path(SHARDS) + "/"
+
+        def look() -> list[int]:
+            self.fs.invalidate_cache()
+            try:
+                paths = [str(path).removeprefix(prefix) for path in self.fs.find(self.path(SHARDS))]
+            except FileNotFoundError:
+                return []
+            found = [match for path in paths if (match := re.fullmatch(rf"([0-9]{{6,}})/{re.escape(RECORD)}", path))]
+            return sorted(int(match[1]) for match in found if shard_name(int(match[1])) == match[1])
+
+        return self.tried(look, "be listed")
+
+    def records(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """The records of some shards, many at once."""
+        for low in range(0, len(numbers), _TOGETHER):
+            paths = {n: self.path(SHARDS, shard_name(n), RECORD) for n in numbers[low : low + _TOGETHER]}
+            asked = list(paths.values())
+            held = self.tried(functools.partial(self.fs.cat, asked), "be read (records of shards)")
+            yield from ((number, bytes(held[path])) for number, path in paths.items())
+
+    def tried(self, work: Callable[[], _T], what: str) -> _T:
+        """Do something that may fail in passing, a few times."""
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_WAIT * 2 ** (attempt - 1))
+            try:
+                return work()
+            except OSError as err:
+                fault = err
+                if isinstance(err, _LASTING):
+                    break
+        raise ArtifactError(
+            f"{self.url} cannot {what}: {type(fault).__name__} {fault}; check the URL, your rights and the network, "
+            "then go on: what has arrived whole stays"
+        ) from fault
+
+
+class ShardCache:
+    """The shards of a store that are on the disk now: at most so many bytes, in use by any number of processes.
+
+    What is where is read off the folder itself, under a lock that all its users take; a shard's time of change says
+    when it was last used.
+    """
+
+    def __init__(self, remote: RemoteFolder, folder: Path, limit: int) -> None:
+        self.remote, self.folder, self.limit = remote, folder, limit
+        self.records: dict[int, dict[str, Any]] = {}
+        self.shards: dict[int, Shard] = {}
+        self.fetched = 0
+        self._seen: set[int] = set()
+        self._wanted: list[frozenset[int]] = []
+        self._one = threading.Lock()
+
+    def begin(self) -> None:
+        """Make the folder, or see that it is this store's cache; fetch the manifest."""
+        held = sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ArtifactError(f"{self.folder} is a file; a cache is a folder: choose another path")
+        if held and _MARK not in held:
+            raise ArtifactError(f"{self.folder} holds {', '.join(held[:4])} and is no cache; choose an empty folder")
+        if held:
+            was = json.loads((self.folder / _MARK).read_text(encoding="utf-8")).get("url")
+            if was != self.remote.url:
+                raise ArtifactError(f"{self.folder} is the cache of {was}, not of {self.remote.url}; choose another")
+        raw = self.remote.read(MANIFEST)
+        if raw is None:
+            raise ArtifactError(f"{self.remote.url} holds no {MANIFEST}; `interp.data.remote.upload_store` sends one")
+        now = read_manifest(raw, self.remote.url)
+        with self._writing():
+            (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
+            (self.folder / _RECORDS).mkdir(exist_ok=True)
+            write_json(self.folder / _MARK, {"url": self.remote.url})
+        with self._locked():
+            clear_drafts(self.folder / SHARDS, [], patterns=[r"\d{6,}"])
+            if (self.folder / MANIFEST).is_file():
+                refuse_other(Manifest.read(self.folder), now, f"what {self.folder} keeps", self.remote.url)
+            else:
+                atomic_write(self.folder / MANIFEST, raw)
+
+    def update(self, manifest: Manifest) -> None:
+        """Fetch what is new: the records of shards, and complete.json."""
+        complete = self.remote.read(COMPLETE)
+        units = None if complete is None else _units(complete, self.remote.url)
+        with self._writing():
+            if complete is None:
+                (self.folder / COMPLETE).unlink(missing_ok=True)
+            else:
+                atomic_write(self.folder / COMPLETE, complete)
+        there = self.remote.whole() if units is None else list(range(units))
+        new = [number for number in there if number not in self.records]
+        kept = {number: self._kept(number, manifest) for number in new}
+        self.records.update({number: record for number, record in kept.items() if record is not None})
+        for number, raw in self.remote.records([number for number in new if kept[number] is None]):
+            self.records[number] = checked_record(raw, manifest, f"{self.remote.url}, shard {shard_name(number)}")
+            with self._writing():
+                atomic_write(self._record_path(number), raw)
+        largest = max(map(record_bytes, self.records.values()), default=0)
+        if largest > self.limit:
+            raise ConfigError(
+                f"cache_bytes={self.limit:,} holds not even one shard of {self.remote.url}: the largest has "
+                f"{largest:,} bytes; set cache_bytes ≥ {largest:,}"
+            )
+
+    @contextmanager
+    def there(self, number: int) -> Iterator[None]:
+        """See to it that a shard is on the disk, and stays while a file of it is mapped."""
+        place, record = self.place(number), self.records[number]
+        with self._locked():
+            if not place.is_dir() or (number not in self._seen and not _as_written(place, record)):
+                self._remove(number)
+                self._make_room(record_bytes(record))
+                self._fetch(number, place, record)
+            self._seen.add(number)
+            self.touch(number)
+            yield
+
+    def place(self, number: int) -> Path:
+        """Where a shard lies, when it is here."""
+        return self.folder / SHARDS / shard_name(number)
+
+    def touch(self, number: int) -> None:
+        """Say that a shard is in use now."""
+        now = time.time_ns()
+        with suppress(FileNotFoundError):  # another process may have removed it; what is mapped of it stays
+            os.utime(self.place(number), ns=(now, now))
+
+    @contextmanager
+    def wanting(self, numbers: Iterable[int]) -> Iterator[None]:
+        """Have other shards removed first, as long as there are any."""
+        wanted = frozenset(numbers)
+        self._wanted.append(wanted)
+        try:
+            yield
+        finally:
+            self._wanted.remove(wanted)
+
+    def _kept(self, number: int, manifest: Manifest) -> dict[str, Any] | None:
+        path = self._record_path(number)
+        try:
+            return checked_record(path.read_bytes(), manifest, str(path)) if path.is_file() else None
+        except ArtifactError:
+            return None  # damaged here: the one there is asked for again
+
+    def _record_path(self, number: int) -> Path:
+        return self.folder / _RECORDS / f"{shard_name(number)}.json"
+
+    def _fetch(self, number: int, place: Path, record: Mapping[str, Any]) -> None:
+        name, files = shard_name(number), record["files"]
+        remote = [self.remote.path(SHARDS, name, file) for file in files]
+
+        def get() -> None:
+            appear(place, write)
+
+        def write(draft: Path) -> None:
+            local = [draft / file for file in files]
+            if remote:
+                self.remote.fs.get(remote, [str(path) for path in local])
+            for path, held in zip(local, files.values(), strict=True):
+                if path.stat().st_size != held["bytes"] or checksum(path) != held["crc32"]:
+                    raise OSError(f"{name}/{path.name} did not arrive as its record says")
+            (draft / RECORD).write_bytes(self._record_path(number).read_bytes())
+
+        self.remote.tried(get, f"be copied to {self.folder} (shard {name})")
+        self.fetched += record_bytes(record)
+
+    def _make_room(self, size: int) -> None:
+        """Remove shards until so many bytes more may be there: those used longest ago first.
+
+        Those that the batch under way reads go last, and the latest read first: it will be wanted again the latest.
+        """
+        here = {int(p.name): p.stat().st_mtime_ns for p in (self.folder / SHARDS).glob("[0-9]*") if p.name.isdecimal()}
+        for number, shard in self.shards.items():
+            if number not in here:
+                shard.forget()
+        wanted = frozenset[int]().union(*self._wanted)
+        sizes = {n: sum(p.stat().st_size for p in self.place(n).iterdir() if p.name != RECORD) for n in here}
+        total = sum(sizes.values())
+        for number in sorted(here, key=lambda n: (n in wanted, -here[n] if n in wanted else here[n])):
+            if total + size <= self.limit:
+                return
+            self._remove(number)
+            total -= sizes[number]
+
+    def _remove(self, number: int) -> None:
+        place = self.place(number)
+        if number in self.shards:
+            self.shards[number].forget()
+        if place.exists():
+            draft = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+            place.rename(draft)
+            shutil.rmtree(draft)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._one, self._writing(), (self.folder / "lock").open("ab") as held:
+            if sys.platform != "win32":
+                import fcntl
+
+                fcntl.flock(held, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise ArtifactError(
+                f"the cache in {self.folder} cannot be written: {err.strerror or err}; make room, lower cache_bytes, "
+                "or choose another folder"
+            ) from err
+
+
+def read_manifest(raw: bytes, where: str) -> Manifest:
+    """The manifest that lies somewhere else."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / MANIFEST).write_bytes(raw)
+        try:
+            return Manifest.read(Path(folder))
+        except InterpError as err:
+            raise ArtifactError(f"{where}: {str(err).replace(folder + os.sep, '')}") from err
+
+
+def refuse_other(there: Manifest, here: Manifest, what: str, other: str) -> None:
+    """Refuse two manifests that stand for different activations."""
+    free = {"writer", "model", "revision"}
+    apart = list(differences(there.model_dump(mode="json", exclude=free), here.model_dump(mode="json", exclude=free)))
+    if apart:
+        raise ArtifactError(f"{what} is another store than {other}: {'; '.join(apart)}; choose another place")
+
+
+def checked_record(raw: bytes, manifest: Manifest, where: str) -> dict[str, Any]:
+    """Read a record from outside; refused unless its files are those of such a store, by name and length.
+
+    So no name in it leads out of a folder, and no file is mapped beyond its end.
+    """
+    try:
+        record = parse_record(raw)
+        rows, files = record["rows"], record["files"]
+        int(record["tokens"])
+        found = {name: held["bytes"] for name, held in files.items()}
+        sums = [held["crc32"] for held in files.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise ArtifactError(f"{where}: the record of a shard is damaged ({type(err).__name__}: {err})") from err
+    wanted = _lengths(manifest, rows) if type(rows) is int and rows >= 0 else {}
+    good = found == wanted or (rows == 0 and all(wanted.get(name) == size for name, size in found.items()))
+    if not wanted or not good or not all(type(crc) is int for crc in sums) or any(set("/\\") & set(n) for n in found):
+        apart = sorted(set(found.items()) ^ set(wanted.items()), key=str)[:4]
+        raise ArtifactError(f"{where}: the record of a shard with {rows} rows does not fit its store: {apart}")
+    return dict(record)
+
+
+def _units(raw: bytes, where: str) -> int:
+    """How many shards a store from outside has."""
+    try:
+        units = json.loads(raw)["units"]
+        if type(units) is not int or units < 1:
+            raise ValueError(f"units is {units!r}")
+    except (ValueError, KeyError, TypeError) as err:
+        raise ArtifactError(f"{where}: {COMPLETE} is damaged ({err}); send the store again") from err
+    return units
+
+
+def _lengths(manifest: Manifest, rows: int) -> dict[str, int]:
+    """The files of a shard with so many rows, and their bytes."""
+    codec = codec_named(manifest.dtype)
+    found = {file_name(n, "", _plain(dtype)): rows * dtype.itemsize for n, dtype in COLUMNS.items()}
+    for part in manifest.parts:
+        for site in manifest.sites:
+            found[file_name(part, site.name, _plain(codec.dtype))] = rows * site.width * codec.dtype.itemsize
+            if codec.scale:
+                scales = rows if codec.scale == "row" or not rows else site.width
+                found[file_name(f"scale-{part}", site.name, "float32")] = scales * 4
+    return found
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def record_bytes(record: Mapping[str, Any]) -> int:
+    """Bytes of a shard's files, by its record."""
+    return sum(int(held["bytes"]) for held in record["files"].values())
+
+
+def _as_written(place: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a shard from an earlier time is what was fetched: a machine may have gone down before the disk had it."""
+    files = [(place / name, held) for name, held in record["files"].items()]
+    whole = all(path.is_file() and path.stat().st_size == held["bytes"] for path, held in files)
+    return whole and all(checksum(path) == held["crc32"] for path, held in files)
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            total = zlib.crc32(chunk, total)
+    return total
