@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +19,7 @@ from tqdm import tqdm
 
 from interp import __version__
 from interp.core.disk import weights_digest
-from interp.core.errors import DataError
+from interp.core.errors import ConfigError, DataError
 from interp.core.metrics import loss_per_token
 from interp.core.result import Provenance
 from interp.core.run import Run
@@ -121,13 +123,18 @@ def plan_capture(
         options: how activations are kept.
 
     Raises:
-        ConfigError: a site that cannot be stored.
+        ConfigError: a site that cannot be stored, or rows that are too long for the model.
         SiteError: one that the model does not have.
-        DataError: the text cannot be read.
+        DataError: the text cannot be read, or gives no token.
     """
     options, places, text = options or CaptureOptions(), row_sites(sites), tokens.documents
     for site in places:
         hm.atlas.point(site)
+    documents, rows, first = _beginning(tokens)
+    try:
+        hm.to_tokens(first.ids[:1], mask=first.mask[:1])
+    except DataError as err:
+        raise ConfigError(f"with ctx {tokens.ctx} a row is too long: {err}") from err
     model_dtype = str(hm.dtype).removeprefix("torch.")
     layout = TextLayout(
         source=text.describe(),
@@ -154,7 +161,7 @@ def plan_capture(
         text=layout,
     )
     if options.unit_documents is None:
-        layout = layout.model_copy(update={"unit_documents": _unit(tokens, options, made.bytes_per_row)})
+        layout = layout.model_copy(update={"unit_documents": _unit(documents, rows, options, made.bytes_per_row)})
     return CapturePlan(made.model_copy(update={"text": layout}), made.bytes_per_row, options.max_tokens)
 
 
@@ -314,7 +321,7 @@ class _Job:
             run = self.hm.run(block.inputs, read=self.sites, logits="none", batch_size=self.fitting)
             self._note_memory(run.notes)
         else:
-            run = self.hm.run(block.inputs, read=self.sites, grad=_text_loss)
+            run = self.hm.run(block.inputs, read=self.sites, grad=partial(_text_loss, real=block.mask))
         values = {}
         for site in self.sites:
             for part in self.manifest.parts:
@@ -366,30 +373,35 @@ class _Forward:
         return found
 
 
-def _unit(tokens: TokenSource, options: CaptureOptions, bytes_per_row: int) -> int:
+def _beginning(tokens: TokenSource) -> tuple[int, int, TokenBlock]:
+    """How many documents the text's beginning has, how many rows they give, and the first block of them.
+
+    Raises:
+        DataError: the text cannot be read, or gives no token.
+    """
+    documents, end = tokens.documents.read(), 0
+    while held := list(islice(documents, _SAMPLED)):
+        end = held[-1][0] + 1
+        blocks = list(tokens.pack(held))
+        if blocks:
+            return end, sum(int(block.mask.sum()) for block in blocks), blocks[0]
+    part = "" if tokens.documents.part == "all" else f" in its {tokens.documents.part!r} part"
+    raise DataError(f"{tokens.documents.describe()} gives no tokens{part}; give more text")
+
+
+def _unit(documents: int, rows: int, options: CaptureOptions, bytes_per_row: int) -> int:
     """Documents per shard, so that one has about the wanted bytes, and a limit on tokens is met within a twentieth."""
-    rows = documents = 0
-    held = []
-    for document in tokens.documents.read():
-        held.append(document)
-        if len(held) == _SAMPLED:
-            break
-    for block in tokens.pack(held):
-        rows += int(block.mask.sum())
-    documents = held[-1][0] + 1 if held else 1
-    if not rows:
-        raise DataError(f"{tokens.documents.describe()} begins with {len(held)} documents without a token; give text")
     wanted = options.unit_bytes / bytes_per_row
     if options.max_tokens is not None:
         wanted = min(wanted, options.max_tokens / 20)
     return max(1, round(wanted * documents / rows))
 
 
-def _text_loss(run: Run) -> Tensor:
+def _text_loss(run: Run, real: Tensor) -> Tensor:
     """Each row's loss, summed over the predictions of real tokens from real ones, in nats."""
     if run.tokens is None:
         raise DataError("the loss of a text needs its tokens")
-    loss, _ = loss_per_token(run.logits, run.tokens, run.mask)
+    loss, _ = loss_per_token(run.logits, run.tokens, real)
     return loss.sum(-1)
 
 

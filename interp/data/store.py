@@ -270,7 +270,10 @@ class Rows:
     def gather(self, index: Int[Tensor, "token"]) -> "Rows":
         """These rows, copied."""
         values = [v.index_select(0, index.to(v.device)) for v in self.values]
-        return Rows(values, self.tokens.index_select(0, index), self.positions.index_select(0, index))
+        gradients = None
+        if self.gradients is not None:
+            gradients = [g.index_select(0, index.to(g.device)) for g in self.gradients]
+        return Rows(values, self.tokens.index_select(0, index), self.positions.index_select(0, index), gradients)
 
     def to_host(self, name: str, index: Int[Tensor, "token"]) -> dict[str, Tensor]:
         """Copies of these rows on the CPU, by names that begin with `name`; the device holds no second buffer."""

@@ -1,6 +1,8 @@
 """Activations that lie on a disk: read in any order, shuffled without a copy of the whole."""
 
+import copy
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +136,9 @@ class StoredActivations(ActivationStore):
         """
         if isinstance(index, slice):
             start, stop, step = index.indices(self.n_rows)
-            return self._slice(start, max(start, stop)) if step == 1 else self.rows(torch.arange(start, stop, step))
+            if step == 1:
+                return self._slice(start, max(start, stop))
+            return self.rows(torch.tensor(range(start, stop, step), dtype=torch.long))
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.n_rows:
             raise DataError(f"rows from {int(index.min())} to {int(index.max())}: the store has {self.n_rows}")
         order = index.argsort(stable=True)
@@ -288,8 +292,8 @@ class _ShuffledRows(Iterator[Rows]):
     """One stream of shuffled batches: an epoch, a window of blocks in it, and how many of its batches were served."""
 
     def __init__(self, store: StoredActivations, should_stop: Callable[[], bool], state: StreamState | None) -> None:
-        # The shards that are there now: later ones would change the order.
-        self.store, self.should_stop, self.n_shards = store, should_stop, len(store.shards)
+        # With the shards that are there now, whatever the store takes in later: others would change the order.
+        self.store, self.should_stop, self.shards = copy.copy(store), should_stop, _shards_digest(store)
         self.blocks = _blocks(store)
         self.per_window = max(1, store.buffer_tokens // BLOCK)
         self.epoch, self.window, self.served, self.given = 0, 0, 0, 0
@@ -300,6 +304,8 @@ class _ShuffledRows(Iterator[Rows]):
 
     def __next__(self) -> Rows:
         store = self.store
+        if not store.n_tokens:
+            raise DataError(f"{store.folder} holds only special tokens; capture more text")
         while True:
             if self.should_stop():
                 raise StopIteration
@@ -317,13 +323,9 @@ class _ShuffledRows(Iterator[Rows]):
             rest = self.order[self.served :]
             if last and not self.store.repeat:
                 if not len(rest):
-                    if not self.given:
-                        raise DataError(f"{self.store.folder} holds only special tokens; capture more text")
                     raise StopIteration
                 self.served = len(self.order)
                 return rest
-            if last and self.window == 0 and len(self.order) == 0:
-                raise DataError(f"{self.store.folder} holds only special tokens; capture more text")
             self.left, self.served = rest, 0
             self.epoch, self.window = (self.epoch + 1, 0) if last else (self.epoch, self.window + 1)
             self.order = self._drawn()
@@ -361,8 +363,14 @@ class _ShuffledRows(Iterator[Rows]):
             "buffer_tokens": store.buffer_tokens,
             "seed": store.seed,
             "share": list(store.share),
-            "shards": self.n_shards,
+            "shards": self.shards,
         }
+
+
+def _shards_digest(store: StoredActivations) -> str:
+    """What tells these shards from others."""
+    held = [[number, shard.record["files"]] for number, shard in zip(store.numbers, store.shards, strict=True)]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _blocks(store: StoredActivations) -> Int[Tensor, "block 2"]:
