@@ -29,7 +29,6 @@ from interp.data.ahead import Ahead
 from interp.data.codec import codec_named
 from interp.data.fingerprint import text_digest, tokenizer_digest
 from interp.data.manifest import Manifest, SiteLayout, TextLayout
-from interp.data.shard import ShardWriter
 from interp.data.store import row_sites
 from interp.data.storefolder import Claim, StoreFolder
 from interp.data.tokens import TokenBlock, TokenSource
@@ -232,8 +231,6 @@ class _Job:
         self.text_seconds = self.model_seconds = 0.0
         self.fitting: int | None = None  # rows that memory holds, where that is fewer than the layout's
         self.claimed: list[Claim] = []  # those whose unit is not whole, should this end before
-        self.writer = Writer(_AHEAD)
-        self.ahead = Ahead(self._units(), _AHEAD)
         self.bar = tqdm(
             total=options.max_tokens,
             initial=store.tokens_held(),
@@ -242,6 +239,9 @@ class _Job:
             desc="capturing",
             disable=not progress,
         )
+        # Last: from here on there is something to end.
+        self.writer = Writer(_AHEAD)
+        self.ahead = Ahead(self._units(), _AHEAD)
 
     def __enter__(self) -> "_Job":
         return self
@@ -263,7 +263,7 @@ class _Job:
             if documents is not None:
                 self.writer.end({"first_document": documents.start, "end_document": documents.stop})
             elif block is None:
-                self.writer.begin(ShardWriter(self.store.place(claim.number), self.codecs), claim)
+                self.writer.begin(self.store.place(claim.number), self.codecs, claim)
             else:
                 started = time.perf_counter()
                 columns, values = self._captured(block)
@@ -273,6 +273,7 @@ class _Job:
         if not stopped:
             self.writer.finish()
         done = False if stopped else self.store.finish(self._limit())
+        stopped = stopped or (not done and self.should_stop())
         seconds = time.perf_counter() - began
         busy = {"text": self.text_seconds, "model": self.model_seconds, "disk": self.writer.seconds}
         return Captured(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +25,19 @@ def text_digest(documents: Documents) -> str:
     So a change in the middle of a large file that leaves its size alone is not seen.
 
     Args:
-        documents: the text; its part and rank do not matter.
+        documents: the text; its part does not matter.
     """
-    source = documents.source
+    source, how = documents.source, json.dumps([documents.field, documents.split, documents.rank, documents.world_size])
     if isinstance(source, str | Path) and Path(source).exists():
         root = Path(source)
         files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
-        return digest(*(part for file in files for part in _of_file(file, root)))
+        return digest(how, *(part for file in files for part in _of_file(file, root)))
     if isinstance(source, Sequence) and not isinstance(source, str):
-        return digest(json.dumps([len(source)]), *(_plain(row) for row in source))
+        return digest(how, *map(_plain, source))
     known = getattr(source, "_fingerprint", None)
     first = Documents(source, field=documents.field, split=documents.split).read()
-    texts = [text for _, text in zip(range(_FIRST), (text for _, text in first), strict=False)]
-    return digest(str(source) if isinstance(source, str) else type(source).__name__, str(known), *texts)
+    texts = [_plain(text) for _, text in islice(first, _FIRST)]
+    return digest(how, str(source) if isinstance(source, str) else type(source).__name__, str(known), *texts)
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -57,4 +58,6 @@ def _of_file(file: Path, root: Path) -> Iterable[str]:
 
 
 def _plain(row: Any) -> str:
-    return row if isinstance(row, str) else json.dumps(row, sort_keys=True, default=str)
+    text = row if isinstance(row, str) else json.dumps(row, sort_keys=True, default=str)
+    # With its length: else it would not show where one document ends.
+    return f"{len(text)}:{text}"

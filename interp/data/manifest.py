@@ -128,6 +128,9 @@ def read_complete(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict) or type(held.get("units")) is not int or held["units"] < 1:
+            raise ValueError("it names no number of units")
+        return held
     except (OSError, ValueError) as err:
         raise ArtifactError(f"{path} cannot be read: {err}; remove it and run `interp capture --resume`") from err

@@ -17,7 +17,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,8 +29,9 @@ from torch import Tensor
 from interp.core.disk import sync
 from interp.core.errors import ArtifactError
 from interp.data.codec import Codec, codec_named
+from interp.data.manifest import SHARDS
 
-__all__ = ["COLUMNS", "Shard", "ShardWriter", "shard_name"]
+__all__ = ["COLUMNS", "Shard", "ShardWriter", "shard_name", "whole_shards"]
 
 RECORD = "shard.json"
 # What is known of each row, and how it is written.
@@ -47,6 +48,12 @@ _CHECKED = 1 << 24  # bytes that are read at once for a checksum
 def shard_name(number: int) -> str:
     """The name of a shard's folder."""
     return f"{number:06d}"
+
+
+def whole_shards(store: Path) -> list[int]:
+    """The numbers of the shards of a store that have a record, in order: it is written last."""
+    held = [path for path in (store / SHARDS).glob("[0-9]*") if path.name.isdecimal()]
+    return sorted(int(path.name) for path in held if (path / RECORD).is_file())
 
 
 def file_name(part: str, name: str, dtype: str) -> str:
@@ -126,7 +133,9 @@ class ShardWriter:
     def drop(self) -> None:
         """Leave nothing behind."""
         for file, _ in self._files.values():
-            file.close()
+            # What a full disk did not take is tried once more.
+            with suppress(OSError):
+                file.close()
         shutil.rmtree(self.draft, ignore_errors=True)
 
     def _encode(self, key: tuple[str, str], rows: Tensor) -> None:

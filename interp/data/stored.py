@@ -16,7 +16,7 @@ from interp.core.errors import ArtifactError, ConfigError, DataError
 from interp.core.site import Site
 from interp.data.ahead import Ahead
 from interp.data.manifest import SHARDS, Manifest, read_complete
-from interp.data.shard import COLUMNS, Shard, shard_name
+from interp.data.shard import COLUMNS, Shard, shard_name, whole_shards
 from interp.data.store import ActivationStore, Rows, StreamState, check_sizes
 
 __all__ = ["BLOCK", "StoredActivations", "StoredDocument"]
@@ -233,7 +233,7 @@ class StoredActivations(ActivationStore):
 
     def _whole(self) -> list[int]:
         """The numbers of the shards that can be read, in order."""
-        return sorted(int(p.name) for p in (self.folder / SHARDS).glob("[0-9]*") if p.name.isdecimal())
+        return whole_shards(self.folder)
 
     def _shard(self, number: int) -> Shard:
         return Shard(self.folder / SHARDS / shard_name(number), self.manifest.shapes, self.manifest.dtype)

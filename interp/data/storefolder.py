@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from interp.core.disk import clear_drafts, write_json
 from interp.core.errors import ArtifactError, ConfigError
 from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest, read_complete
-from interp.data.shard import read_record, shard_name
+from interp.data.shard import RECORD, read_record, shard_name, whole_shards
 
 __all__ = ["Claim", "StoreFolder"]
 
@@ -76,34 +77,44 @@ class StoreFolder:
             ArtifactError: the folder holds something else.
             ConfigError: it is a store with other settings.
         """
-        held = sorted(p.name for p in self.path.iterdir() if p.name != SETTINGS) if self.path.is_dir() else []
+        held = {p.name for p in self.path.iterdir()} - {SETTINGS} if self.path.is_dir() else set()
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is a file; a store is a folder: choose another path")
+        shown = ", ".join(sorted(held)[:4]) + (", …" if len(held) > 4 else "")
+        ours = MANIFEST in held or (_LOCKS in held and held <= {_LOCKS, SHARDS})
         if held and not resume:
-            shown = ", ".join(held[:4]) + (", …" if len(held) > 4 else "")
-            way_on = ", or resume to go on with the store" if {MANIFEST, _LOCKS} & set(held) else ""
+            way_on = ", or resume to go on with the store" if ours else ""
             raise ArtifactError(f"{self.path} already holds {shown}; choose another folder{way_on}")
-        if held and not {MANIFEST, _LOCKS} & set(held):
-            raise ArtifactError(f"{self.path} holds {', '.join(held[:4])}, which is no store; choose another folder")
+        if held and not ours:
+            raise ArtifactError(f"{self.path} holds {shown}, which is no store; choose another folder")
+        if MANIFEST in held:
+            # Before anything is touched.
+            self._agreed(manifest, free_unit)
         with self._writing():
             (self.path / _LOCKS).mkdir(parents=True, exist_ok=True)
             with self._lock("store"):
                 if (self.path / MANIFEST).is_file():
-                    there = Manifest.read(self.path)
-                    if free_unit:
-                        unit = there.text.unit_documents
-                        manifest = manifest.model_copy(
-                            update={"text": manifest.text.model_copy(update={"unit_documents": unit})}
-                        )
-                    there.check(manifest, self.path)
-                    return there
+                    return self._agreed(manifest, free_unit)
                 (self.path / SHARDS).mkdir(exist_ok=True)
                 write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
         return manifest
 
+    def _agreed(self, manifest: Manifest, free_unit: bool) -> Manifest:
+        """The manifest that is there, if it is what is asked for."""
+        there = Manifest.read(self.path)
+        if free_unit:
+            unit = there.text.unit_documents
+            text = manifest.text.model_copy(update={"unit_documents": unit})
+            manifest = manifest.model_copy(update={"text": text})
+        there.check(manifest, self.path)
+        return there
+
     def whole(self) -> list[int]:
         """The numbers of the shards that are there, in order."""
-        return sorted(int(p.name) for p in (self.path / SHARDS).glob("[0-9]*") if p.name.isdecimal())
+        return whole_shards(self.path)
+
+    def _is_whole(self, number: int) -> bool:
+        return (self.place(number) / RECORD).is_file()
 
     def tokens_held(self) -> int:
         """Tokens that count in them."""
@@ -119,7 +130,7 @@ class StoreFolder:
             write_json(self.path / _END, {"units": min(number, self._end() or number)})
 
     def limit(self, max_tokens: int | None) -> int | None:
-        """The number of units that the store will have; None while nobody can say.
+        """At most how many units the store will have; exactly so many once these are all there. None: nobody can say.
 
         Args:
             max_tokens: tokens that count after which no further unit is wanted.
@@ -127,14 +138,14 @@ class StoreFolder:
         end = self._end()
         if max_tokens is None:
             return end
-        total, number, whole = 0, 0, set(self.whole())
-        while end is None or number < end:
-            if total >= max_tokens:
-                return number
-            if number not in self._known and number not in whole:
-                return None
+        whole, total = set(self.whole()), 0
+        for number in sorted(whole | set(self._known)):
+            # Units that others are at can only add to the tokens before this one.
+            if total >= max_tokens or (end is not None and number >= end):
+                break
             total += self._tokens(number)
-            number += 1
+            if total >= max_tokens:
+                return number + 1 if end is None else min(number + 1, end)
         return end
 
     def claims(self, limit: Callable[[], int | None], should_stop: Callable[[], bool]) -> Iterator[Claim]:
@@ -156,8 +167,8 @@ class StoreFolder:
                     return
                 time.sleep(_PAUSE)
                 number = min(missing)
-            if number not in mine and not self.place(number).is_dir() and (claim := self._claim(number)) is not None:
-                if self.place(number).is_dir():
+            if number not in mine and not self._is_whole(number) and (claim := self._claim(number)) is not None:
+                if self._is_whole(number):
                     claim.release()
                 else:
                     mine.add(number)
@@ -179,9 +190,10 @@ class StoreFolder:
         with self._writing(), self._lock("store"):
             if limit == 0:
                 raise ConfigError(f"{self.path}: the text holds no document to capture; give more text")
-            for number in self.whole():
-                if number >= limit:
-                    shutil.rmtree(self.place(number))
+            for path in [p for p in (self.path / SHARDS).glob("[0-9]*") if p.name.isdecimal()]:
+                if int(path.name) >= limit:
+                    # Out of sight first: a kill on the way must not leave half of it there.
+                    shutil.rmtree(path.rename(path.with_name(f".{path.name}.{uuid4().hex}.tmp")))
             records = [read_record(self.place(number)) for number in range(limit)]
             totals = {name: sum(int(record[name]) for record in records) for name in ("rows", "tokens")}
             size = sum(held["bytes"] for record in records for held in record["files"].values())

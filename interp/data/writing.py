@@ -4,12 +4,14 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtifactError, InterpError
+from interp.core.errors import ArtifactError
+from interp.data.codec import Codec
 from interp.data.shard import ShardWriter
 from interp.data.storefolder import Claim
 
@@ -42,9 +44,9 @@ class Writer:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def begin(self, shard: ShardWriter, claim: Claim) -> None:
+    def begin(self, place: Path, codecs: Mapping[tuple[str, str], Codec], claim: Claim) -> None:
         """Begin a shard; its claim is released when it is whole."""
-        self._put("begin", (shard, claim))
+        self._put("begin", (place, codecs, claim))
 
     def append(self, columns: Mapping[str, Tensor], values: Mapping[tuple[str, str], Tensor]) -> None:
         """Add rows to it."""
@@ -118,7 +120,8 @@ class Writer:
                 if what == "stop":
                     return
                 if what == "begin":
-                    shard, claim = item
+                    place, codecs, claim = item
+                    shard = ShardWriter(place, codecs)
                 elif what == "rows" and shard is not None:
                     columns, values, events = item
                     for event in events:
@@ -132,7 +135,7 @@ class Writer:
                     claim.release()
                     shard = claim = None
                 self.seconds += time.perf_counter() - started
-        except (OSError, InterpError, RuntimeError) as err:
+        except BaseException as err:  # noqa: BLE001 - it is raised where rows come from
             self._fault = err
         finally:
             if shard is not None:

@@ -1,0 +1,500 @@
+"""What it costs to capture activations, to memory and to a disk, beside the bare model and beside other toolkits.
+
+    python benchmarks/capture.py [--quick] [--json] [--only FIGURE …] [--peers PYTHON …] [--device cuda]
+
+Figures of one residual at mid-depth ("theirs ÷ ours": above 1, ours is faster), each for a random GPT-2 of 12 layers ×
+d 512 at contexts of 1,024 and 128 tokens (`_ctx1024`, `_ctx128`), and for the testbed at 128 (`_testbed`):
+
+    memory_vs_floor    the bare backbone cut after the block, its residual kept ÷ one round of `ActivationStore.stream`:
+                       a buffer filled, half of it served
+    disk_vs_floor      that, or writing the bytes to a file if it is slower ÷ `interp.capture` in bfloat16
+    vs_bridge          `TransformerBridge.run_with_cache(names_filter, stop_at_layer)` ÷ ours to memory
+    vs_saelens_store   SAELens' `ActivationsStore`, the same round of a buffer ÷ ours to memory
+    vs_saelens_runner  SAELens' `CacheActivationsRunner` ÷ ours to disk, both in float32
+    vs_nnsight         a trace that stops after the block ÷ ours to memory
+    vs_interp_engine   the eager backend, which cannot stop ÷ ours to memory
+    peak_memory        what memory grows by, above the cut model at work ÷ what our documentation says
+
+and of the parts:
+
+    write_vs_disk      `ShardWriter` ÷ `file.write` and fsync of as many bytes; SAELens is `save_to_disk` of an Array2D
+    read_gbps          shuffled batches of a store that the system holds in memory; `gather` takes rows of one tensor
+    all_residuals_latency, midlayer_stop
+                       every residual ÷ `model(ids)` in case B (12 layers × d 64, 1 × 8 tokens); one residual ÷ the cut
+                       backbone in case A (6 layers × d 384, 8 × 128 tokens)
+
+Rounds are interleaved; models have one thread; ids are made before, nobody tokenises. What stays in memory is compared
+by CPU seconds. Whatever meets the disk is compared by wall time, for ours writes in a thread of its own, so the machine
+must be quiet. With `--device cuda` all is wall time until the device is done, of bfloat16 models at 1,024 tokens.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import capture_peers as peers
+import engine  # sets the number of threads, so before torch
+from capture_peers import Contender, Setting, Worker, timed
+from engine import SEED, SHORTEST, Call, interval, row
+
+os.environ.update(peers.QUIET)
+Times = dict[str, tuple[float, float]]  # contender → CPU and wall seconds of one round
+CLOSE = {"ours": 0.005, "peers": 0.05}  # how far apart mean squares may be; a store's batch is half of the tokens
+
+SETTINGS = {
+    "ctx1024": Setting("gpt2", 12, 512, 8192, ctx=1024, rows=2, blocks=4),
+    "ctx128": Setting("gpt2", 12, 512, 8192, ctx=128, rows=16, blocks=4),
+    "testbed": Setting("testbed", 4, 128, 1321, ctx=128, rows=32, blocks=16),
+}
+ON_CUDA = {
+    "gpt2_ctx1024": Setting("gpt2", 12, 768, 50257, 1024, rows=32, blocks=8, dtype="bfloat16", device="cuda"),
+    "llama_ctx1024": Setting("llama", 16, 2048, 128256, 1024, rows=16, blocks=8, dtype="bfloat16", device="cuda"),
+}
+CASES = {
+    "A": Setting("gpt2", 6, 384, 50257, ctx=128, rows=8, blocks=1),
+    "B": Setting("gpt2", 12, 64, 8192, ctx=8, rows=1, blocks=1),
+    "B_llama": Setting("llama", 12, 64, 8192, ctx=8, rows=1, blocks=1),
+    "C": Setting("llama", 6, 384, 512, ctx=1024, rows=2, blocks=1),
+}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A figure of a setting: seconds of one contender ÷ ours.
+
+    Args:
+        theirs: the contenders; of several the slowest counts.
+        ours: what they are divided by.
+        bounds: what it should be at least, by setting.
+        disk: whether the disk has a part in it, so that wall time counts.
+    """
+
+    theirs: tuple[str, ...]
+    ours: str
+    bounds: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    disk: bool = False
+
+
+RATIOS = {
+    "memory_vs_floor": Ratio(("floor",), "memory", (0.95, 0.95, 0.95)),
+    "disk_vs_floor": Ratio(("floor", "raw_disk"), "disk", (0.9, 0.9, 0.9), disk=True),
+    "vs_bridge": Ratio(("bridge",), "memory", (1.6, 1.15, 1.15)),
+    "vs_saelens_store": Ratio(("saelens_store",), "memory"),
+    "vs_saelens_store_hf": Ratio(("saelens_store_hf",), "memory"),
+    "vs_saelens_runner": Ratio(("saelens_runner",), "disk_float32", (2.0, 1.15, 3.0), disk=True),
+    "vs_saelens_runner_hf": Ratio(("saelens_runner_hf",), "disk_float32", (2.0, 1.15, 3.0), disk=True),
+    "vs_nnsight": Ratio(("nnsight",), "memory"),
+    "vs_interp_engine": Ratio(("interp_engine",), "memory"),
+}
+LATENCIES = {
+    "all_residuals_latency": ("B", "ours_all", "model", 1.05),
+    "midlayer_stop": ("A", "ours_mid", "cut", 1.08),
+}
+PARTS = ("peak_memory", "write_vs_disk", "read_gbps")
+
+
+@dataclass
+class Found:
+    """Figures, and the lines that show them."""
+
+    figures: dict[str, float]
+    lines: list[str]
+
+    def ratio(self, name: str, values: list[float], bound: float | None = None, *, most: bool = False) -> None:
+        """Add a figure with its interval, and whether it holds its bound (at least, or at most) by its better end."""
+        if not values:
+            self.lines.append(f"{name}: not measured")
+            return
+        low, high = interval(values)
+        self.figures |= {name: statistics.median(values), f"{name}_low": low, f"{name}_high": high}
+        said = ""
+        if bound is not None:
+            held = low <= bound if most else high >= bound
+            said = f" at {'most' if most else 'least'} {bound:.3g} {'held' if held else 'MISSED'}"
+        self.lines.append(f"{name}:{said}\n{row('', values)}")
+
+
+def wanted(options: argparse.Namespace, setting: str) -> dict[str, Ratio]:
+    """The ratios of a setting that were asked for."""
+    only = options.only
+    return {name: r for name, r in RATIOS.items() if not only or {name, f"{name}_{setting}"} & set(only)}
+
+
+def run_setting(name: str, setting: Setting, options: argparse.Namespace, there: dict[str, Worker]) -> Found:
+    """Measure one setting, everybody in every round but the peers, which are slow."""
+    ratios, found = wanted(options, name), Found({}, [])
+    needed = {"floor", "again"} | {c for r in ratios.values() for c in (*r.theirs, r.ours)}
+    calls = {c: contender for c, contender in peers.mine(setting, options.folder).items() if c in needed}
+    truth = peers.checked(calls["floor"])
+    for contender in set(calls) - {"floor", "raw_disk"}:
+        apart = abs(peers.checked(calls[contender]) / truth - 1)
+        if not apart <= CLOSE["ours"]:
+            sys.exit(f"{contender} at {name}: the mean square of what it captured is {apart:.1%} away from the floor's")
+    skipped = {peer: "no python has it" for peer in peers.PEERS if peer in needed and peer not in there}
+    draw, rounds = random.Random(SEED), options.rounds or (3 if options.quick else 15)
+    with_peers = set(draw.sample(range(rounds), min(rounds, 2 if options.quick else 7)))
+    times: list[Times] = []
+    for number in range(rounds):
+        order = [*calls, *(p for p in there if number in with_peers and p in needed - set(skipped))]
+        times.append({})
+        for c in draw.sample(order, len(order)):
+            if c in calls:
+                times[-1][c] = timed(calls[c], setting.device)
+            else:
+                answer = there[c].ask(setting, c, options.folder)
+                if not abs(answer.get("mean_square", truth) / truth - 1) <= CLOSE["peers"]:
+                    answer = {"error": f"it captured something else: {answer['mean_square']:.4g}, not {truth:.4g}"}
+                if "error" in answer:
+                    skipped[c] = answer["error"]
+                else:
+                    times[-1][c] = (answer["cpu"], answer["wall"])
+        print(f"{name} {number + 1}/{rounds}", file=sys.stderr)
+    times = [{c: t for c, t in one.items() if c not in skipped} for one in times]
+    found.lines += describe(name, setting, times)
+    found.lines += [f"  {peer:<18}SKIPPED: {why}" for peer, why in skipped.items()]
+    for figure, ratio in ratios.items():
+        clock = int(ratio.disk or setting.device == "cuda")
+        least = ratio.bounds[list(SETTINGS).index(name) if name in SETTINGS else 0]
+        found.ratio(f"{figure}_{name}", compared(times, ratio.theirs, ratio.ours, clock), least)
+        if ratio.theirs[0] in peers.PEERS and (beside := compared(times, ratio.theirs, "floor", clock)):
+            by_floor = found.figures[f"{figure}_{name}_floor"] = statistics.median(beside)
+            found.lines[-1] += f"; ÷ floor {by_floor:.3f}"
+    return found
+
+
+def compared(times: list[Times], theirs: tuple[str, ...], ours: str, clock: int) -> list[float]:
+    """Round by round, theirs ÷ ours."""
+    whole = [one for one in times if {*theirs, ours} <= set(one)]
+    return [max(one[c][clock] for c in theirs) / one[ours][clock] for one in whole]
+
+
+def describe(name: str, setting: Setting, times: list[Times]) -> list[str]:
+    """What was captured, what it takes at least, and what everybody took."""
+    seconds, on_disk = statistics.median(one["floor"][1] for one in times), peers.stored_bytes(setting)
+    work, per_second = peers.flops(setting), setting.tokens / seconds
+    lines = [
+        f"\n{name}: {setting.model}, {setting.n_layers} layers × d {setting.d_model}, {setting.dtype}, output of block "
+        f"{setting.layer}; {setting.tokens} tokens in {setting.blocks} forwards of {setting.rows} × {setting.ctx}",
+        f"  a token takes at least {work / 1e6:.1f} MFLOP and {on_disk} bytes on the disk; at the floor's speed "
+        f"{work * per_second / 1e9:.0f} GFLOP/s and {on_disk * per_second / 1e6:.1f} MB/s",
+        f"  {'':<18}{'CPU s':>9}{'wall s':>9}{'tokens/s':>11}   by wall",
+    ]
+    for c in sorted({c for one in times for c in one}):
+        cpu, wall = (statistics.median(one[c][clock] for one in times if c in one) for clock in (0, 1))
+        lines.append(f"  {c:<18}{cpu:9.3f}{wall:9.3f}{setting.tokens / wall:11.0f}")
+    return [*lines, row("again ÷ floor", compared(times, ("again",), "floor", int(setting.device == "cuda")))]
+
+
+def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each call says, round by round, in an order drawn anew; a first round is not counted."""
+    draw = random.Random(SEED)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name in draw.sample(list(calls), len(calls)):
+            found[name].append(calls[name]())
+        print(f"{', '.join(calls)}: {number}/{rounds}", file=sys.stderr)
+    return {name: values[1:] for name, values in found.items()}
+
+
+def ratios_of(top: list[float], bottom: list[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(top, bottom, strict=True)]
+
+
+def run_latency(options: argparse.Namespace) -> Found:
+    """The table of single calls: bare model, cut backbone, and ours with nothing, all and one residual read."""
+    found = Found({}, [])
+    for case, setting in options.cases.items():
+        times = interleaved(latency_calls(setting), options.rounds or (5 if options.quick else 31))
+        size = f"{setting.n_layers} layers × d {setting.d_model}, {setting.rows} × {setting.ctx}"
+        base = f"model(ids), {1000 * statistics.median(times['model']):.2f} ms"
+        found.lines += ["", f"latency, case {case}: {setting.model}, {size}; ÷ {base}"]
+        for name in list(times)[1:]:
+            values = ratios_of(times[name], times["model"])
+            found.figures[f"latency_{case}_{name}"] = statistics.median(values)
+            found.lines.append(row(name, values))
+        for figure, (where, top, bottom, bound) in LATENCIES.items():
+            if where == case and (not options.only or figure in options.only):
+                found.ratio(figure, ratios_of(times[top], times[bottom]), bound, most=True)
+    return found
+
+
+def latency_calls(setting: Setting) -> dict[str, Callable[[], float]]:
+    """Seconds per call of each contender; short calls are repeated."""
+    from interp import HookManager
+
+    model, ids = peers.build(setting)
+    ids, clock = ids.to(setting.device), int(setting.device == "cuda")
+    bare, backbone, hm = peers.twin_of(model), peers.cut(model, setting.layer), HookManager.load(model)
+    calls: dict[str, Call] = {
+        "model": lambda: bare(ids),
+        "again": lambda: bare(ids),
+        "cut": lambda: backbone(ids, use_cache=False),
+        "ours_nothing": lambda: hm.run(ids),
+        "ours_all": lambda: hm.run(ids, read="*.resid_post"),
+        "ours_mid": lambda: hm.run(ids, read=setting.site),
+    }
+
+    def seconds(call: Call, repeats: int) -> float:
+        return timed(Contender(lambda: [call() for _ in range(repeats)][-1], float), setting.device)[clock]
+
+    seconds(bare_call := calls["model"], 2)
+    repeats = max(1, math.ceil(SHORTEST / seconds(bare_call, 1)))
+    return {name: lambda c=call: seconds(c, repeats) / repeats for name, call in calls.items()}  # type: ignore[misc]
+
+
+def columns(n: int) -> dict[str, Any]:
+    """What is known of `n` rows."""
+    import torch
+
+    ids = torch.arange(n)
+    return {"ids": ids, "document": ids, "position": ids, "special": torch.zeros(n, dtype=torch.bool)}
+
+
+def run_write(options: argparse.Namespace) -> Found:
+    """Write as many bytes in every way, and wait until they are on the disk (SAELens does not)."""
+    import torch
+
+    from interp.data.codec import codec_named
+    from interp.data.shard import ShardWriter
+
+    rows, d, key = 8192, 512, ("values", "blocks.5.hook_resid_post")
+    blocks = 1 if options.tiny else 8 if options.quick else 32
+    x, known, data = torch.randn(rows, d).bfloat16(), columns(rows), os.urandom(rows * (2 * d + 17))
+    wide = torch.randn(len(data) * blocks // (4 * d * 128), 128, d)
+
+    def ours(place: Path) -> None:
+        shard = ShardWriter(place, {key: codec_named("bfloat16")})
+        for _ in range(blocks):
+            shard.append(known, {key: x})
+        shard.close({})
+
+    def saelens(place: Path) -> None:
+        from datasets import Array2D, Dataset, Features
+
+        made = Dataset.from_dict({"x": wide}, features=Features({"x": Array2D((128, d), "float32")}))
+        made.save_to_disk(str(place), num_shards=1)
+
+    def rate(write: Callable[[Path], None], size: int) -> float:
+        place = options.folder / uuid.uuid4().hex
+        start = time.perf_counter()
+        write(place)
+        found = size / (time.perf_counter() - start) / 1e9
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        return found
+
+    size, raw = len(data) * blocks, lambda place: peers.write_raw(place, data, blocks)
+    ways: dict[str, Callable[[], float]] = {"ours": lambda: rate(ours, size), "raw": lambda: rate(raw, size)}
+    if options.peers != ["none"]:
+        ways["saelens"] = lambda: rate(saelens, wide.numel() * 4)
+    rates = interleaved(ways, options.rounds or (3 if options.quick else 15))
+    found = Found({}, ["", f"writing {size / 1e6:.0f} MB; GB/s by wall time"])
+    for name, values in rates.items():
+        found.figures[f"write_gbps_{name}"] = statistics.median(values)
+        found.lines.append(row(name, values))
+    found.ratio("write_vs_disk", ratios_of(rates["ours"], rates["raw"]), 0.8)
+    if "saelens" in rates:
+        found.ratio("write_vs_saelens", ratios_of(rates["ours"], rates["saelens"]), 5.0)
+    return found
+
+
+def run_read(options: argparse.Namespace) -> Found:
+    """Read all shuffled batches of a store, over and over, so that the system holds it in memory."""
+    import torch
+
+    from interp.data.store import ActivationStore
+
+    rows, d, size, n_shards = 65536, 512, 4096, 2 if options.tiny else 4 if options.quick else 16
+    part = torch.randn(rows, d).bfloat16()
+    whole, folder = part.repeat(n_shards, 1), options.folder / "store"
+    make_store(folder, part, n_shards)
+    store = ActivationStore.open(folder, batch_size=size)
+
+    def rate(batches: Iterable[Any]) -> float:
+        start, served = time.perf_counter(), 0
+        for batch in batches:
+            served += batch.numel() * 2
+        return served / (time.perf_counter() - start) / 1e9
+
+    ways: dict[str, Callable[[], float]] = {
+        "ours": lambda: rate(batch.x for batch in store.batches()),
+        "gather": lambda: rate(whole.index_select(0, i) for i in torch.randperm(len(whole)).split(size)),
+    }
+    rates = interleaved(ways, options.rounds or (5 if options.quick else 15))
+    shutil.rmtree(folder)
+    head = f"reading {whole.numel() * 2 / 1e9:.2f} GB in shuffled batches of {size} × {d} bfloat16; GB/s by wall time"
+    found = Found({"gather_gbps": statistics.median(rates["gather"])}, ["", head])
+    found.lines += [row(name, values) for name, values in rates.items()]
+    found.ratio("read_gbps", rates["ours"], min(5.0, 0.7 * found.figures["gather_gbps"]))
+    found.ratio("read_vs_gather", ratios_of(rates["ours"], rates["gather"]))
+    return found
+
+
+def make_store(folder: Path, part: Any, n_shards: int) -> None:
+    """A store whose shards all hold the same rows [row d]."""
+    from interp import HookManager
+    from interp.core.disk import write_json
+    from interp.data.capture import plan_capture
+    from interp.data.codec import codec_named
+    from interp.data.manifest import MANIFEST, SHARDS
+    from interp.data.shard import ShardWriter, shard_name
+
+    setting = replace(SETTINGS["ctx128"], rows=1, blocks=1, d_model=part.shape[1])
+    model, ids = peers.build(setting)
+    manifest = plan_capture(HookManager.load(model), peers.our_text(setting, ids), setting.site).manifest
+    folder.mkdir()
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    key = ("values", setting.site)
+    for number in range(n_shards):
+        shard = ShardWriter(folder / SHARDS / shard_name(number), {key: codec_named("bfloat16")})
+        shard.append(columns(len(part)), {key: part})
+        shard.close({"first_document": number, "end_document": number + 1})
+
+
+def run_peak(name: str, setting: Setting, options: argparse.Namespace) -> Found:
+    """Peak memory of ours above that of the cut model at work, each in a fresh process, ÷ what is documented."""
+    found, item = Found({}, []), 4 if setting.dtype == "float32" else 2
+    forward, size = setting.rows * setting.ctx, peers.batch_size(setting)
+    documented = {
+        "memory": (setting.tokens + size) * (setting.d_model * item + 16) + 2 * forward * setting.d_model * item,
+        "disk": 9 * forward * peers.stored_bytes(setting),
+    }
+    for kind, expected in documented.items():
+        command = [sys.executable, __file__, "--peak", kind, json.dumps(asdict(setting)), str(options.folder)]
+        freed = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # so that the system has back what is freed
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **freed})
+        if ended.returncode:
+            sys.exit(ended.stderr)
+        grown = json.loads(ended.stdout.splitlines()[-1])
+        name_of, ratio = f"peak_memory_{kind}_{name}", grown / expected
+        found.figures[name_of] = ratio
+        sizes = f"{grown / 1e6:.1f} MB above the cut model, documented {expected / 1e6:.1f} MB"
+        verdict = "held" if ratio <= 1.2 else "MISSED"
+        found.lines.append(f"{name_of}: at most 1.2 {verdict}\n  {'':<18}{ratio:8.3f}  {sizes}")
+    return found
+
+
+def peak_of(kind: str, setting: Setting, folder: Path) -> None:
+    """In a process of its own: how many bytes the peak of ours lies above the peak of one bare forward."""
+    model, ids = peers.build(setting)
+    one, first = replace(setting, blocks=1), ids[: setting.rows]
+    backbone = peers.cut(model, setting.layer)
+    bare = peers.keeping(one, first, lambda batch: backbone(batch, use_cache=False))
+
+    def made(of: Setting, rows: Any) -> Contender:
+        if kind == "memory":
+            return peers.to_memory(of, model, rows)
+        return peers.to_disk(of, model, rows, folder, "bfloat16")
+
+    timed(made(one, first), setting.device)  # what is imported and allocated once is no buffer
+    ours = made(setting, ids)
+    at_work, with_ours = (peak(contender, setting.device) for contender in (bare, ours))
+    print(json.dumps(max(0, with_ours - at_work)))
+
+
+def peak(contender: Contender, device: str) -> int:
+    """The most bytes that the process, or the GPU, held during a pass."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        timed(contender, device)
+        return int(torch.cuda.max_memory_allocated())
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    timed(contender, device)
+    return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
+def measure(options: argparse.Namespace, there: dict[str, Worker]) -> Found:
+    """Everything that was asked for."""
+    only, more = set(options.only or [*RATIOS, *LATENCIES, *PARTS]), []
+    for name, setting in options.settings.items():
+        if wanted(options, name):
+            more.append(run_setting(name, setting, options, there))
+        if "peak_memory" in only and not (options.quick and name == "testbed"):
+            more.append(run_peak(name, setting, options))
+    runs = {run_latency: set(LATENCIES), run_write: {"write_vs_disk"}, run_read: {"read_gbps"}}
+    more += [run(options) for run, figures in runs.items() if figures & only]
+    figures = {name: value for found in more for name, value in found.figures.items()}
+    return Found(figures, [line for found in more for line in found.lines])
+
+
+def sized(options: argparse.Namespace) -> None:
+    """Choose the settings by device and time."""
+    of, by = ON_CUDA if options.device == "cuda" else SETTINGS, 2 if options.quick else 1
+    options.settings = {name: replace(s, blocks=s.blocks // by, rows=s.rows // by) for name, s in of.items()}
+    options.cases = {name: replace(case, device=options.device) for name, case in CASES.items()}
+    if options.quick:  # the testbed's context is 128 too
+        options.settings = {name: s for name, s in options.settings.items() if name != "ctx128"}
+        options.cases = {name: options.cases[name] for name in ("A", "B")}
+    if options.tiny:
+        tiny: dict[str, Any] = {"d_model": 64, "n_layers": 2, "d_vocab": 512}
+        for name, s in options.settings.items():
+            options.settings[name] = replace(s, rows=2, blocks=4, **({} if s.model == "testbed" else tiny))
+        options.cases = {name: replace(case, **tiny, ctx=8) for name, case in options.cases.items()}
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="end within 3 minutes: less text and rounds")
+    parser.add_argument("--tiny", action="store_true", help="the smallest sizes, to try the script out")
+    parser.add_argument("--json", action="store_true", help="print figures, machine and versions as JSON, nothing else")
+    plain = [*RATIOS, *LATENCIES, *PARTS]
+    names = [*plain, *(f"{name}_{setting}" for name in RATIOS for setting in (*SETTINGS, *ON_CUDA))]
+    shown = f"of {', '.join(plain)}; with _ctx1024 and so on appended, of that setting alone"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="FIGURE", help=shown)
+    parser.add_argument("--rounds", type=int, help="rounds of every figure")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="PYTHON", help="of further peers; 'none' for no peer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak:
+        peak_of(options.peak[0], Setting(**json.loads(options.peak[1])), Path(options.peak[2]))
+        return
+    sized(options)
+    if missing := [python for python in options.peers if python != "none" and not shutil.which(python)]:
+        parser.error(f"--peers: there is no python at {missing[0]}")
+    workers = [] if options.peers == ["none"] else [Worker(python) for python in (sys.executable, *options.peers)]
+    there = peers.whose(workers)
+    with tempfile.TemporaryDirectory(prefix="capture-", dir=options.folder) as folder:
+        options.folder = Path(folder)
+        found = measure(options, there)
+    for worker in workers:
+        worker.close()
+    report(found, options, {peer: worker.versions[peer] for peer, worker in there.items()})
+
+
+def report(found: Found, options: argparse.Namespace, versions: dict[str, str]) -> None:
+    """Print all of it."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")} | versions
+    versions["python"] = platform.python_version()
+    where = f"{engine._cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; one OpenMP thread"
+    if options.device == "cuda":
+        import torch
+
+        where = f"{torch.cuda.get_device_name()}; {where}"
+    if options.json:
+        print(json.dumps({"figures": found.figures, "machine": where, "versions": versions}, indent=1))
+    else:
+        print("\n".join([where, ", ".join(f"{k} {v}" for k, v in versions.items()), *found.lines]))
+
+
+if __name__ == "__main__":
+    main()
