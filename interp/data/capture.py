@@ -206,7 +206,7 @@ def capture(
     plan = plan_capture(hm, tokens, sites, options)
     store = StoreFolder(Path(folder))
     manifest = store.begin(plan.manifest, resume=resume, free_unit=options.unit_documents is None)
-    store.reopen(options.max_tokens)
+    store.wants(options.max_tokens)
     with _Job(hm, tokens, manifest, store, options, should_stop or _never, progress) as job:
         return job.run()
 

@@ -3,6 +3,8 @@
 manifest.json    model, sites, dtype, text, how it is cut into units: fixed when the store is begun
 shards/000012/   one unit each, whole or not there
 complete.json    how many units there are, when all of them are
+limit.json       how many tokens are wanted
+end.json         before which unit the text ends, where somebody came to its end
 config.yaml      the settings of the command that began it, where there was one
 """
 

@@ -2,7 +2,7 @@
 
 000012/shard.json          rows, documents, checksums, the measured error of eight bits
 000012/ids.int32           token ids
-000012/document.int64      index of each token's document in the source; that of the row before for added tokens
+000012/document.int64      index of each token's document in the source
 000012/position.int32      position among its document's own tokens; −1 at added special tokens
 000012/special.uint8       1 at BOS, EOS and every other special token
 000012/values.SITE.DTYPE   a site's activations, row by row
@@ -12,11 +12,12 @@
 
 import json
 import math
-import os
 import shutil
 import uuid
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from interp.core.disk import sync
-from interp.core.errors import ArtifactError
+from interp.core.errors import ArtifactError, DataError
 from interp.data.codec import Codec, codec_named
 from interp.data.manifest import SHARDS
 
@@ -41,6 +42,7 @@ COLUMNS: Mapping[str, torch.dtype] = {
     "position": torch.int32,
     "special": torch.uint8,
 }
+_PENDING = 32  # pieces whose checksum may be outstanding
 _SUM = "crc32"  # of the record itself
 _CHECKED = 1 << 24  # bytes that are read at once for a checksum
 
@@ -80,6 +82,9 @@ class ShardWriter:
         self._errors: dict[str, _Error] = {}
         self._waiting: dict[tuple[str, str], list[Tensor]] = {}
         self.draft.mkdir(parents=True)
+        # Checksums are made while the disk is written: one thread, so that those of a file come in order.
+        self._sums = ThreadPoolExecutor(1, thread_name_prefix="checksums")
+        self._pending: deque[Future[None]] = deque()
 
     def append(self, columns: Mapping[str, Tensor], values: Mapping[tuple[str, str], Float[Tensor, "row d"]]) -> None:
         """Write some rows.
@@ -113,18 +118,19 @@ class ShardWriter:
         """
         for key, parts in self._waiting.items():
             self._encode(key, torch.cat(parts))
-        files = {}
-        for name, (file, held) in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            files[name] = {"bytes": held[0], "crc32": held[1]}
+        self._settle(0)
+        self._sums.shutdown()
+        files = {name: {"bytes": held[0], "crc32": held[1]} for name, (_, held) in self._files.items()}
         errors = {name: error.figures() for name, error in self._errors.items()}
         said = {"rows": self.rows, "tokens": self.counted, **record, "files": files, "error": errors}
         whole = self.draft / RECORD
         whole.write_text(json.dumps({**said, _SUM: _record_sum(said)}, indent=1) + "\n", encoding="utf-8")
-        for path in (whole, self.draft):
-            sync(path)
+        for file, _ in self._files.values():
+            file.close()
+        # Side by side: the file system gathers them into one commit.
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(sync, [whole, *(self.draft / name for name in files)]))
+        sync(self.draft)
         if self.place.exists():
             shutil.rmtree(self.place)
         self.draft.rename(self.place)
@@ -132,6 +138,7 @@ class ShardWriter:
 
     def drop(self) -> None:
         """Leave nothing behind."""
+        self._sums.shutdown(cancel_futures=True)
         for file, _ in self._files.values():
             # What a full disk did not take is tried once more.
             with suppress(OSError):
@@ -141,6 +148,8 @@ class ShardWriter:
     def _encode(self, key: tuple[str, str], rows: Tensor) -> None:
         codec, (part, site) = self.codecs[key], key
         coded = codec.encode(rows)
+        if codec.dtype == torch.float16 and bool(coded["values"].isinf().any()):
+            raise DataError(f"{part} of {site} are larger than float16 holds (65,504); capture as bfloat16 or float32")
         self._write(file_name(part, site, str(codec.dtype).removeprefix("torch.")), coded["values"])
         if codec.scale:
             self._write(file_name(f"scale-{part}", site, "float32"), coded["scale"])
@@ -153,9 +162,19 @@ class ShardWriter:
             self._files[name] = ((self.draft / name).open("wb"), [0, 0])
         file, held = self._files[name]
         raw: Any = values.contiguous().flatten().view(torch.uint8).numpy() if values.numel() else b""
+
+        def add() -> None:
+            held[1] = zlib.crc32(raw, held[1])
+
+        self._pending.append(self._sums.submit(add))
         file.write(raw)
         held[0] += len(raw)
-        held[1] = zlib.crc32(raw, held[1])
+        self._settle(_PENDING)
+
+    def _settle(self, left: int) -> None:
+        """Wait until no more than so many checksums are to be made; what they are of is held till then."""
+        while len(self._pending) > left:
+            self._pending.popleft().result()
 
 
 class _Error:

@@ -14,12 +14,12 @@ from uuid import uuid4
 
 from interp.core.disk import clear_drafts, write_json
 from interp.core.errors import ArtifactError, ConfigError
-from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest, read_complete
+from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest
 from interp.data.shard import RECORD, read_record, shard_name, whole_shards
 
 __all__ = ["Claim", "StoreFolder"]
 
-_LOCKS, _END = "locks", "end.json"
+_LOCKS, _END, _LIMIT = "locks", "end.json", "limit.json"
 _PAUSE = 0.2  # seconds between two looks at what others are doing
 
 
@@ -201,25 +201,37 @@ class StoreFolder:
             self._clear()
         return True
 
-    def reopen(self, max_tokens: int | None) -> None:
-        """Let a closed store grow, where more is wanted than it holds.
+    def wants(self, max_tokens: int | None) -> None:
+        """Write down how much is wanted; a store that is complete with less is open again.
 
         Args:
             max_tokens: tokens that count after which no further unit is wanted.
 
         Raises:
-            ConfigError: it holds whole units beyond that.
+            ConfigError: more was wanted before: units beyond the limit would be thrown away.
         """
-        complete = read_complete(self.path)
-        if complete is None or (limit := self.limit(max_tokens)) == complete["units"]:
-            return
-        if limit is not None and limit < complete["units"]:
-            raise ConfigError(
-                f"the store in {self.path} is complete with {complete['tokens']:,} tokens, more than {max_tokens:,}; "
-                "capture fewer into another folder"
-            )
-        with self._writing():
+        read_complete(self.path)  # which must be sound
+        with self._writing(), self._lock("store"):
+            asked = self._limit_asked()
+            if asked is not None and asked[0] == max_tokens:
+                return
+            if asked is not None and max_tokens is not None and (asked[0] is None or max_tokens < asked[0]):
+                was = "all of the text" if asked[0] is None else f"{asked[0]:,} tokens"
+                raise ConfigError(
+                    f"the store in {self.path} was begun for {was}, more than {max_tokens:,}; capture fewer into "
+                    "another folder"
+                )
+            write_json(self.path / _LIMIT, {"max_tokens": max_tokens})
             (self.path / COMPLETE).unlink(missing_ok=True)
+
+    def _limit_asked(self) -> tuple[int | None] | None:
+        """The most tokens that were ever asked for; None when the store has only been begun."""
+        try:
+            return (json.loads((self.path / _LIMIT).read_text(encoding="utf-8"))["max_tokens"],)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise ArtifactError(f"{self.path / _LIMIT} is damaged ({err}); remove it and resume") from err
 
     def _clear(self) -> None:
         """Remove drafts and locks of writers that are gone; a unit beyond the end may still have one at it."""
@@ -228,7 +240,7 @@ class StoreFolder:
             if name.isdecimal() and (claim := self._claim(int(name))) is not None:
                 clear_drafts(self.path / SHARDS, [name], inside=False)
                 claim.release()
-        clear_drafts(self.path, [MANIFEST, COMPLETE, _END], inside=False)
+        clear_drafts(self.path, [MANIFEST, COMPLETE, _END, _LIMIT], inside=False)
 
     def _tokens(self, number: int) -> int:
         if number not in self._known:

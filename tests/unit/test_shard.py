@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtifactError, ConfigError
+from interp.core.errors import ArtifactError, ConfigError, DataError
 from interp.data.ahead import Ahead
 from interp.data.codec import CODECS, codec_named
 from interp.data.shard import COLUMNS, Shard, ShardWriter
@@ -410,3 +410,14 @@ def test_closing_from_elsewhere_wakes_who_waits() -> None:
 def test_the_watch_over_hangs_has_teeth() -> None:
     with pytest.raises(TooLong), within(0.05):
         time.sleep(5)
+
+
+def test_numbers_that_float16_does_not_hold_are_refused(tmp_path: Path) -> None:
+    x = normal(4, 3)
+    x[2, 1] = -7e4
+    for rows in (x, x.half()):
+        writer = ShardWriter(tmp_path / "000000", {("values", "a"): codec_named("float16")})
+        with pytest.raises(DataError, match="65,504"):
+            writer.append(columns_of(4), {("values", "a"): rows})
+        writer.drop()
+    assert not list(tmp_path.iterdir())
