@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from interp.core.disk import clear_drafts, write_json
 from interp.core.errors import ArtifactError, ConfigError
-from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest
+from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest, read_complete
 from interp.data.shard import RECORD, read_record, shard_name, whole_shards
 
 __all__ = ["Claim", "StoreFolder"]
