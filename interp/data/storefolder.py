@@ -210,11 +210,13 @@ class StoreFolder:
         Raises:
             ConfigError: more was wanted before: units beyond the limit would be thrown away.
         """
-        read_complete(self.path)  # which must be sound
+        complete = read_complete(self.path)
         with self._writing(), self._lock("store"):
             asked = self._limit_asked()
             if asked is not None and asked[0] == max_tokens:
                 return
+            if complete is not None and asked == (None,) and complete["tokens"] <= (max_tokens or 0):
+                return  # all of the text is there, and it is no more than that
             if asked is not None and max_tokens is not None and (asked[0] is None or max_tokens < asked[0]):
                 was = "all of the text" if asked[0] is None else f"{asked[0]:,} tokens"
                 raise ConfigError(
