@@ -10,6 +10,10 @@ from interp.data.store import ActivationStore
 from interp.data.tokens import TokenSource
 from tests.families import make, word_tokenizer
 
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 SITES = ["1.resid_post", "0.z"]
 
 
