@@ -49,8 +49,9 @@ class StoredActivations(ActivationStore):
     gathered from the mapped files when their batch comes, in the order in which they lie there. The order hangs on the
     seed and the shards alone, so a stream goes on anywhere from a state of a few bytes.
 
-    Memory, in bytes: `16 · buffer_tokens + 4 · batch_size · (d · size(dtype) + 16)`, d the sum of the sites' widths, and
-    one for each row of the shards that were looked at; what the operating system keeps of the files comes on top, and it takes that back when it is wanted.
+    Memory, in bytes: `16 · buffer_tokens + 4 · batch_size · (d · size(dtype) + 16)`, with `d` the sum of the sites'
+    widths, and one for each row of the shards that were looked at; what the operating system keeps of the files comes on
+    top, and it takes that back when it is wanted.
 
     Args:
         folder: the store.
