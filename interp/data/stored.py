@@ -50,8 +50,8 @@ class StoredActivations(ActivationStore):
     seed and the shards alone, so a stream goes on anywhere from a state of a few bytes.
 
     Memory, in bytes: `16 · buffer_tokens + 4 · batch_size · (d · size(dtype) + 16)`, with `d` the sum of the sites'
-    widths, and one for each row of the shards that were looked at; what the operating system keeps of the files comes on
-    top, and it takes that back when it is wanted.
+    widths, and one for each row of the shards that were looked at. What the operating system keeps of the files comes
+    on top; it takes that back when it is wanted.
 
     Args:
         folder: the store.
