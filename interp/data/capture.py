@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from interp import __version__
 from interp.core.disk import weights_digest
-from interp.core.errors import ConfigError, DataError
+from interp.core.errors import DataError
 from interp.core.metrics import loss_per_token
 from interp.core.result import Provenance
 from interp.core.run import Run
@@ -32,6 +32,7 @@ from interp.data.manifest import Manifest, SiteLayout, TextLayout
 from interp.data.store import row_sites
 from interp.data.storefolder import Claim, StoreFolder
 from interp.data.tokens import TokenBlock, TokenSource
+from interp.data.tune import refuse_long_rows
 from interp.data.writing import Writer
 
 if TYPE_CHECKING:
@@ -130,10 +131,7 @@ def plan_capture(
     for site in places:
         hm.atlas.point(site)
     documents, rows, first = _beginning(tokens)
-    try:
-        hm.to_tokens(first.ids[:1], mask=first.mask[:1])
-    except DataError as err:
-        raise ConfigError(f"with ctx {tokens.ctx} a row is too long: {err}") from err
+    refuse_long_rows(hm, first)
     model_dtype = str(hm.dtype).removeprefix("torch.")
     layout = TextLayout(
         source=text.describe(),

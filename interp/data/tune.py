@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from interp.core.errors import DataError
+from interp.core.errors import ConfigError, DataError
 from interp.core.site import Site
 from interp.data.store import row_sites
-from interp.data.tokens import TokenSource
+from interp.data.tokens import TokenBlock, TokenSource
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["fastest_rows", "forward_speed"]
+__all__ = ["fastest_rows", "forward_speed", "refuse_long_rows"]
 
 _FEWEST, _MOST = 256, 65_536  # tokens per forward between which rows are tried
 _TIMES = 3
@@ -74,9 +74,8 @@ def forward_speed(
     Raises:
         DataError: the text has no token.
     """
-    block = next(_with_rows(tokens, rows).blocks(), None)
-    if block is None:
-        raise DataError(f"{tokens.documents.describe()} has no token; give text")
+    block = next(_with_rows(tokens, rows).blocks())
+    refuse_long_rows(hm, block)
     again = -(-rows // len(block.ids))
     ids, mask = block.ids.repeat(again, 1)[:rows], block.mask.repeat(again, 1)[:rows]
     best = 0.0
@@ -90,6 +89,22 @@ def forward_speed(
         if number:
             best = max(best, rows * tokens.ctx / (time.perf_counter() - began))
     return best
+
+
+def refuse_long_rows(hm: "HookManager", block: TokenBlock) -> None:
+    """Refuse rows that the model has no positions for, before anything is run.
+
+    Args:
+        hm: the manager of the model.
+        block: the text's first rows.
+
+    Raises:
+        ConfigError: they are too long; says by how much.
+    """
+    try:
+        hm.to_tokens(block.ids[:1], mask=block.mask[:1])
+    except DataError as err:
+        raise ConfigError(f"with ctx {block.ids.shape[1]} a row is too long: {err}, or set a smaller ctx (text.ctx)") from err
 
 
 def _with_rows(tokens: TokenSource, rows: int) -> TokenSource:

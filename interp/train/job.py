@@ -11,13 +11,14 @@ from typing import Any, Literal
 import torch
 
 from interp.core.disk import differences, digest, weights_digest
-from interp.core.errors import ConfigError, DataError, InterpError
+from interp.core.errors import ConfigError, InterpError
 from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.data.documents import Part
 from interp.data.store import ActivationStore, StreamState
 from interp.data.tokens import TokenSource
+from interp.data.tune import refuse_long_rows
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
@@ -219,10 +220,7 @@ class _Job:
         # Text that cannot be read, rows too long for the model, or too little text to hold some out are better known
         # before training than after.
         first = next(_tokens(cfg, self.hm, "train").blocks())
-        try:
-            self.hm.to_tokens(first.ids[:1], mask=first.mask[:1])
-        except DataError as err:
-            raise ConfigError(f"with text.ctx {cfg.text.ctx} a row is too long: {err}") from err
+        refuse_long_rows(self.hm, first)
         next(_tokens(cfg, self.hm, "held_out").blocks())
         self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=self.site.name)

@@ -382,7 +382,7 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(
         (["--text.hold-out-every", "400"], "'held_out' part"),
         (
             ["--model", "testbed", "--text.ctx", "129"],
-            "with text.ctx 129 a row is too long: 129 tokens, but this model",
+            "with ctx 129 a row is too long: 129 tokens, but this model",
         ),
     ],
 )
