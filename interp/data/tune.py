@@ -104,7 +104,7 @@ def refuse_long_rows(hm: "HookManager", block: TokenBlock) -> None:
     try:
         hm.to_tokens(block.ids[:1], mask=block.mask[:1])
     except DataError as err:
-        raise ConfigError(f"with ctx {block.ids.shape[1]} a row is too long: {err}, or set a smaller ctx (text.ctx)") from err
+        raise ConfigError(f"with ctx {block.ids.shape[1]} a row is too long: {err}, or lower text.ctx") from err
 
 
 def _with_rows(tokens: TokenSource, rows: int) -> TokenSource:
