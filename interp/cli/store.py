@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 def _info(folder: Path) -> dict[str, Any]:
     """What manifest and shard records say."""
     from interp.data.manifest import SHARDS, Manifest, read_complete
-    from interp.data.shard import read_record, shard_name
+    from interp.data.shard import read_record, record_bytes, shard_name
 
     manifest, complete = Manifest.read(folder), read_complete(folder)
     names = sorted(p.name for p in (folder / SHARDS).glob("[0-9]*") if p.name.isdecimal())
@@ -83,7 +83,7 @@ def _info(folder: Path) -> dict[str, Any]:
             continue
         totals["rows"] += int(record["rows"])
         totals["tokens"] += int(record["tokens"])
-        totals["bytes"] += sum(held["bytes"] for held in record["files"].values())
+        totals["bytes"] += record_bytes(record)
         for site, held in record.get("error", {}).items():
             errors[site] = max(errors.get(site, 0.0), held["fvu"])
     wanted = [] if complete is None else [shard_name(n) for n in range(complete["units"])]

@@ -20,7 +20,17 @@ from interp.core.errors import ArtifactError, ConfigError
 from interp.core.settings import Settings, describe_faults
 from interp.data.codec import codec_named
 
-__all__ = ["COMPLETE", "MANIFEST", "SETTINGS", "SHARDS", "Manifest", "SiteLayout", "TextLayout", "read_complete"]
+__all__ = [
+    "COMPLETE",
+    "MANIFEST",
+    "SETTINGS",
+    "SHARDS",
+    "Manifest",
+    "SiteLayout",
+    "TextLayout",
+    "parse_complete",
+    "read_complete",
+]
 
 MANIFEST, COMPLETE, SHARDS, SETTINGS = "manifest.json", "complete.json", "shards", "config.yaml"
 FORMAT = 1
@@ -74,13 +84,18 @@ class Manifest(Settings):
         Raises:
             ConfigError: names each difference.
         """
-        free = {"writer", "model", "revision"}
-        apart = list(differences(self.model_dump(mode="json", exclude=free), now.model_dump(mode="json", exclude=free)))
+        apart = self.apart_from(now)
         if apart:
             raise ConfigError(
                 f"the store in {folder} was begun with other settings: {'; '.join(apart)}. Go on with those it was "
                 "begun with, or begin anew in another folder"
             )
+
+    def apart_from(self, other: "Manifest") -> list[str]:
+        """What tells the activations of two stores apart; the version and the name of the model do not."""
+        free = {"writer", "model", "revision"}
+        mine, theirs = (made.model_dump(mode="json", exclude=free) for made in (self, other))
+        return list(differences(mine, theirs))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -110,14 +125,31 @@ class Manifest(Settings):
             what = "no such folder" if not folder.is_dir() else "it is no store of activations, or was never begun"
             raise ArtifactError(f"{folder} holds no {MANIFEST} ({what}); `interp capture` makes one")
         try:
-            held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            raw = path.read_bytes()
+        except OSError as err:
+            raise ArtifactError(f"{path} cannot be read: {err}") from err
+        return cls.parse(raw, str(path))
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> "Manifest":
+        """Read a manifest from its text.
+
+        Args:
+            raw: the text.
+            where: its path, for errors.
+
+        Raises:
+            ArtifactError: it is damaged, or of a later format.
+        """
+        try:
+            held: dict[str, Any] = json.loads(raw)
             if held.get("format", FORMAT) > FORMAT:
-                raise ArtifactError(f"{path} has format {held['format']}, this interp reads {FORMAT}; update interp")
+                raise ArtifactError(f"{where} has format {held['format']}, this interp reads {FORMAT}; update interp")
             return cls.model_validate(held)
         except ValidationError as err:
-            raise ArtifactError(f"{path} is damaged: {describe_faults(err, cls)}") from err
-        except (OSError, ValueError, AttributeError) as err:
-            raise ArtifactError(f"{path} cannot be read: {err}") from err
+            raise ArtifactError(f"{where} is damaged: {describe_faults(err, cls)}") from err
+        except (ValueError, AttributeError) as err:
+            raise ArtifactError(f"{where} cannot be read: {err}") from err
 
 
 def read_complete(folder: Path) -> dict[str, Any] | None:
@@ -130,9 +162,18 @@ def read_complete(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(held, dict) or type(held.get("units")) is not int or held["units"] < 1:
-            raise ValueError("it names no number of units")
-        return held
+        return parse_complete(path.read_bytes())
     except (OSError, ValueError) as err:
         raise ArtifactError(f"{path} cannot be read: {err}; remove it and run `interp capture --resume`") from err
+
+
+def parse_complete(raw: bytes) -> dict[str, Any]:
+    """Read how many units a store has from the text of `complete.json`.
+
+    Raises:
+        ValueError: it does not say.
+    """
+    held = json.loads(raw)
+    if not isinstance(held, dict) or type(held.get("units")) is not int or held["units"] < 1:
+        raise ValueError("it names no number of units")
+    return held

@@ -25,12 +25,9 @@ from interp.data.remotefolder import (
     RemoteFolder,
     ShardCache,
     checked_record,
-    checksum,
-    read_manifest,
-    record_bytes,
     refuse_other,
 )
-from interp.data.shard import RECORD, Shard, shard_name
+from interp.data.shard import RECORD, Shard, checksum, record_bytes, shard_name
 from interp.data.store import Rows, StreamState, check_sizes
 from interp.data.stored import BLOCK, StoredActivations
 from interp.data.storefolder import StoreFolder
@@ -78,9 +75,8 @@ class _Upload:
                 raise ArtifactError(f"{self.remote.url} holds {', '.join(held[:4])}, which is no store; choose another")
             self.remote.write((self.folder / MANIFEST).read_bytes(), MANIFEST)
         else:
-            refuse_other(
-                read_manifest(raw, self.remote.url), self.manifest, f"the store at {self.remote.url}", str(self.folder)
-            )
+            there = Manifest.parse(raw, f"{self.remote.url}: {MANIFEST}")
+            refuse_other(there, self.manifest, f"the store at {self.remote.url}", str(self.folder))
         self._there = dict(self.remote.records(self.remote.whole()))
 
     def pending(self) -> list[int]:
@@ -95,7 +91,7 @@ class _Upload:
         except FileNotFoundError:
             return 0  # dropped since, as one beyond the end of the text is
         record = checked_record(text, self.manifest, str(place))
-        size = sum(held["bytes"] for held in record["files"].values())
+        size = record_bytes(record)
         if self._is_there(number, record):
             self.told = replace(self.told, there=self.told.there + 1)
         else:

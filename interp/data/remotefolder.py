@@ -10,11 +10,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,17 +20,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from interp.core.disk import appear, atomic_write, clear_drafts, differences, write_json
-from interp.core.errors import ArtifactError, ConfigError, InterpError
+from interp.core.disk import appear, atomic_write, clear_drafts, write_json
+from interp.core.errors import ArtifactError, ConfigError
 from interp.data.codec import codec_named
-from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest
-from interp.data.shard import COLUMNS, RECORD, Shard, file_name, parse_record, shard_name
+from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest, parse_complete
+from interp.data.shard import COLUMNS, RECORD, Shard, checksum, file_name, parse_record, record_bytes, shard_name
 
-__all__ = ["RemoteFolder", "ShardCache", "checked_record", "checksum", "read_manifest", "record_bytes", "refuse_other"]
+__all__ = ["RemoteFolder", "ShardCache", "checked_record", "refuse_other"]
 
 _T = TypeVar("_T")
 _ATTEMPTS, _WAIT = 5, 1.0  # how often a transfer is tried, and seconds before the second time; doubled each time
-_CHUNK = 1 << 24  # bytes that are read at once for a checksum
 _TOGETHER = 256  # records that are asked for at once
 _MARK, _RECORDS = "remote.json", "records"
 # Errors that do not pass by themselves.
@@ -197,7 +194,7 @@ class ShardCache:
         raw = self.remote.read(MANIFEST)
         if raw is None:
             raise ArtifactError(f"{self.remote.url} holds no {MANIFEST}; `interp.data.remote.upload_store` sends one")
-        now = read_manifest(raw, self.remote.url)
+        now = Manifest.parse(raw, f"{self.remote.url}: {MANIFEST}")
         with self._writing():
             (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
             (self.folder / _RECORDS).mkdir(exist_ok=True)
@@ -342,21 +339,9 @@ class ShardCache:
             ) from err
 
 
-def read_manifest(raw: bytes, where: str) -> Manifest:
-    """The manifest that lies somewhere else."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / MANIFEST).write_bytes(raw)
-        try:
-            return Manifest.read(Path(folder))
-        except InterpError as err:
-            raise ArtifactError(f"{where}: {str(err).replace(folder + os.sep, '')}") from err
-
-
 def refuse_other(there: Manifest, here: Manifest, what: str, other: str) -> None:
     """Refuse two manifests that stand for different activations."""
-    free = {"writer", "model", "revision"}
-    apart = list(differences(there.model_dump(mode="json", exclude=free), here.model_dump(mode="json", exclude=free)))
-    if apart:
+    if apart := there.apart_from(here):
         raise ArtifactError(f"{what} is another store than {other}: {'; '.join(apart)}; choose another place")
 
 
@@ -384,34 +369,22 @@ def checked_record(raw: bytes, manifest: Manifest, where: str) -> dict[str, Any]
 def _units(raw: bytes, where: str) -> int:
     """How many shards a store from outside has."""
     try:
-        units = json.loads(raw)["units"]
-        if type(units) is not int or units < 1:
-            raise ValueError(f"units is {units!r}")
-    except (ValueError, KeyError, TypeError) as err:
+        return int(parse_complete(raw)["units"])
+    except ValueError as err:
         raise ArtifactError(f"{where}: {COMPLETE} is damaged ({err}); send the store again") from err
-    return units
 
 
 def _lengths(manifest: Manifest, rows: int) -> dict[str, int]:
     """The files of a shard with so many rows, and their bytes."""
     codec = codec_named(manifest.dtype)
-    found = {file_name(n, "", _plain(dtype)): rows * dtype.itemsize for n, dtype in COLUMNS.items()}
+    found = {file_name(n, "", dtype): rows * dtype.itemsize for n, dtype in COLUMNS.items()}
     for part in manifest.parts:
         for site in manifest.sites:
-            found[file_name(part, site.name, _plain(codec.dtype))] = rows * site.width * codec.dtype.itemsize
+            found[file_name(part, site.name, codec.dtype)] = rows * site.width * codec.dtype.itemsize
             if codec.scale:
                 scales = rows if codec.scale == "row" or not rows else site.width
-                found[file_name(f"scale-{part}", site.name, "float32")] = scales * 4
+                found[file_name(f"scale-{part}", site.name, torch.float32)] = scales * 4
     return found
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def record_bytes(record: Mapping[str, Any]) -> int:
-    """Bytes of a shard's files, by its record."""
-    return sum(int(held["bytes"]) for held in record["files"].values())
 
 
 def _as_written(place: Path, record: Mapping[str, Any]) -> bool:
@@ -419,12 +392,3 @@ def _as_written(place: Path, record: Mapping[str, Any]) -> bool:
     files = [(place / name, held) for name, held in record["files"].items()]
     whole = all(path.is_file() and path.stat().st_size == held["bytes"] for path, held in files)
     return whole and all(checksum(path) == held["crc32"] for path, held in files)
-
-
-def checksum(path: Path) -> int:
-    """The CRC-32 of a file."""
-    total = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            total = zlib.crc32(chunk, total)
-    return total

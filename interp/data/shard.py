@@ -32,7 +32,7 @@ from interp.core.errors import ArtifactError, DataError
 from interp.data.codec import Codec, codec_named
 from interp.data.manifest import SHARDS
 
-__all__ = ["COLUMNS", "Shard", "ShardWriter", "shard_name", "whole_shards"]
+__all__ = ["COLUMNS", "Shard", "ShardWriter", "checksum", "record_bytes", "shard_name", "whole_shards"]
 
 RECORD = "shard.json"
 # What is known of each row, and how it is written.
@@ -58,9 +58,10 @@ def whole_shards(store: Path) -> list[int]:
     return sorted(int(path.name) for path in held if (path / RECORD).is_file())
 
 
-def file_name(part: str, name: str, dtype: str) -> str:
+def file_name(part: str, name: str, dtype: torch.dtype) -> str:
     """The name of a file of a shard, such as `values.blocks.2.hook_resid_post.bfloat16`."""
-    return f"{part}.{name}.{dtype}" if name else f"{part}.{dtype}"
+    kind = str(dtype).removeprefix("torch.")
+    return f"{part}.{name}.{kind}" if name else f"{part}.{kind}"
 
 
 class ShardWriter:
@@ -98,7 +99,7 @@ class ShardWriter:
             OSError: the disk is full, or gone.
         """
         for name, dtype in COLUMNS.items():
-            self._write(file_name(name, "", str(dtype).removeprefix("torch.")), columns[name].to(dtype))
+            self._write(file_name(name, "", dtype), columns[name].to(dtype))
         for key, rows in values.items():
             if self.codecs[key].scale == "channel":
                 self._waiting.setdefault(key, []).append(rows)
@@ -150,9 +151,9 @@ class ShardWriter:
         coded = codec.encode(rows)
         if codec.dtype == torch.float16 and bool(coded["values"].isinf().any()):
             raise DataError(f"{part} of {site} are larger than float16 holds (65,504); capture as bfloat16 or float32")
-        self._write(file_name(part, site, str(codec.dtype).removeprefix("torch.")), coded["values"])
+        self._write(file_name(part, site, codec.dtype), coded["values"])
         if codec.scale:
-            self._write(file_name(f"scale-{part}", site, "float32"), coded["scale"])
+            self._write(file_name(f"scale-{part}", site, torch.float32), coded["scale"])
             self._errors.setdefault(f"{part}.{site}", _Error()).add(
                 rows.double(), codec.decode(coded["values"], coded["scale"])
             )
@@ -247,7 +248,7 @@ class Shard:
         found = self._columns.get(name)
         if found is None:
             dtype = COLUMNS[name]
-            file = file_name(name, "", str(dtype).removeprefix("torch."))
+            file = file_name(name, "", dtype)
             found = self._columns[name] = self._map(file, dtype, (self.rows,))
         return found
 
@@ -261,7 +262,7 @@ class Shard:
         found = self._raw.get((site, part))
         if found is None:
             width = math.prod(self.shapes[site])
-            name = file_name(part, site, str(self.codec.dtype).removeprefix("torch."))
+            name = file_name(part, site, self.codec.dtype)
             found = self._raw[site, part] = self._map(name, self.codec.dtype, (self.rows, width))
         return found
 
@@ -290,18 +291,14 @@ class Shard:
     def check(self) -> Iterator[str]:
         """Read every file and say which are not what was written."""
         for name, held in self.record["files"].items():
-            total = 0
-            with (self.folder / name).open("rb") as file:
-                while chunk := file.read(_CHECKED):
-                    total = zlib.crc32(chunk, total)
-            if total != held["crc32"]:
+            if (total := checksum(self.folder / name)) != held["crc32"]:
                 yield f"{self.folder / name}: checksum {total:08x}, its record says {held['crc32']:08x}"
 
     def _scale(self, site: str, part: str) -> Tensor | None:
         if not self.codec.scale:
             return None
         width = self.rows if self.codec.scale == "row" else math.prod(self.shapes[site])
-        return self._map(file_name(f"scale-{part}", site, "float32"), torch.float32, (width if self.rows else 0,))
+        return self._map(file_name(f"scale-{part}", site, torch.float32), torch.float32, (width if self.rows else 0,))
 
     def _map(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         found = self._mapped.get(name)
@@ -317,6 +314,20 @@ class Shard:
                     flat = torch.from_file(str(self.folder / name), shared=False, size=count, dtype=dtype)
             found = self._mapped[name] = flat.view(shape)
         return found
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file."""
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHECKED):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def record_bytes(record: Mapping[str, Any]) -> int:
+    """Bytes of a shard's files, by its record."""
+    return sum(int(held["bytes"]) for held in record["files"].values())
 
 
 def _record_sum(record: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from uuid import uuid4
 from interp.core.disk import clear_drafts, write_json
 from interp.core.errors import ArtifactError, ConfigError
 from interp.data.manifest import COMPLETE, MANIFEST, SETTINGS, SHARDS, Manifest, read_complete
-from interp.data.shard import RECORD, read_record, shard_name, whole_shards
+from interp.data.shard import RECORD, read_record, record_bytes, shard_name, whole_shards
 
 __all__ = ["Claim", "StoreFolder"]
 
@@ -196,7 +196,7 @@ class StoreFolder:
                     shutil.rmtree(path.rename(path.with_name(f".{path.name}.{uuid4().hex}.tmp")))
             records = [read_record(self.place(number)) for number in range(limit)]
             totals = {name: sum(int(record[name]) for record in records) for name in ("rows", "tokens")}
-            size = sum(held["bytes"] for record in records for held in record["files"].values())
+            size = sum(map(record_bytes, records))
             write_json(self.path / COMPLETE, {"units": limit, **totals, "bytes": size})
             self._clear()
         return True
