@@ -102,11 +102,6 @@ class Captured:
     seconds: float
     busy: dict[str, float]
 
-    @property
-    def slowest(self) -> str:
-        """The stage that the others wait for."""
-        return max(self.busy, key=lambda name: self.busy[name])
-
 
 def plan_capture(
     hm: "HookManager",
@@ -273,7 +268,6 @@ class _Job:
         done = False if stopped else self.store.finish(self._limit())
         stopped = stopped or (not done and self.should_stop())
         seconds = time.perf_counter() - began
-        busy = {"text": self.text_seconds, "model": self.model_seconds, "disk": self.writer.seconds}
         return Captured(
             folder=self.store.path,
             status="stopped" if stopped else "complete" if done else "others",
@@ -281,7 +275,7 @@ class _Job:
             tokens=self.writer.tokens,
             bytes=self.writer.rows * self.manifest.bytes_per_row,
             seconds=seconds,
-            busy={name: value / max(seconds, 1e-9) for name, value in busy.items()},
+            busy=self._busy(seconds),
         )
 
     def _units(self) -> Iterator[tuple[Claim, TokenBlock | None, range | None]]:
@@ -337,13 +331,17 @@ class _Job:
             self.fitting = max(1, (self.fitting or self.manifest.text.rows) // 2)
             self.bar.write(f"{split}; fewer --text.rows would be faster", file=sys.stderr)
 
+    def _busy(self, seconds: float) -> dict[str, float]:
+        """The share of so many seconds in which each stage was at work."""
+        spent = {"text": self.text_seconds, "model": self.model_seconds, "disk": self.writer.seconds}
+        return {name: value / max(seconds, 1e-9) for name, value in spent.items()}
+
     def _report(self, tokens: int, began: float) -> None:
         self.bar.update(tokens)
-        seconds = max(time.perf_counter() - began, 1e-9)
-        busy = {"text": self.text_seconds, "model": self.model_seconds, "disk": self.writer.seconds}
+        busy = self._busy(time.perf_counter() - began)
         slowest = max(busy, key=lambda name: busy[name])
         written = self.writer.rows * self.manifest.bytes_per_row
-        self.bar.set_postfix_str(f"{written / 1e9:.2f} GB, {slowest} {busy[slowest] / seconds:.0%} busy", refresh=False)
+        self.bar.set_postfix_str(f"{written / 1e9:.2f} GB, {slowest} {busy[slowest]:.0%} busy", refresh=False)
 
 
 class _Forward:

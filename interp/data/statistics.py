@@ -2,22 +2,20 @@
 
 import importlib
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from interp.core.errors import ConfigError, SiteError
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.core.text import str_tokens
 from interp.data.accumulate import NOWHERE, Buckets, Part, State, Statistics
-from interp.data.tokens import TokenBlock, TokenSource
+from interp.data.tokens import TokenSource, watched_blocks
 
 if TYPE_CHECKING:
     import pandas
@@ -207,9 +205,7 @@ def activation_statistics(
         raise ConfigError(f"{what}; expected whole sites [batch pos …] such as 3.z, at least one, and one token")
     marks = torch.tensor(_delimiters(tokens.tokenizer) if delimiters is None else list(delimiters), dtype=torch.long)
     found: dict[Site, Statistics] = {}
-    for block in _watched(tokens, max_tokens):
-        if should_stop is not None and should_stop():
-            raise KeyboardInterrupt
+    for block in watched_blocks(tokens, max_tokens, should_stop, doing="statistics"):
         run, keep = hm.run(block.inputs, read=places, logits="none"), block.mask.flatten().nonzero().flatten()
         classes = (2 - torch.isin(block.ids, marks).long()).masked_fill(block.special, 0)
         named = {"classes": classes, "doc": block.doc, "pos": block.pos, "ids": block.ids}
@@ -230,17 +226,6 @@ def activation_statistics(
         delimiters=tuple(marks.tolist()),
         provenance=Provenance.of(hm, settings=said),
     )
-
-
-def _watched(tokens: TokenSource, max_tokens: int) -> Iterator[TokenBlock]:
-    """Blocks until so many tokens were given, with a progress bar when that takes longer than two seconds."""
-    bar = tqdm(total=max_tokens, unit="tok", unit_scale=True, desc="statistics", delay=2, leave=False, file=sys.stderr)
-    with bar:
-        for block in tokens.blocks():
-            yield block
-            bar.update(min(block.ids.numel(), max_tokens - bar.n))
-            if bar.n >= max_tokens:
-                return
 
 
 def _delimiters(tokenizer: Any) -> list[int]:

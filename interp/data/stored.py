@@ -296,6 +296,7 @@ class _ShuffledRows(Iterator[Rows]):
         # With the shards that are there now, whatever the store takes in later: others would change the order.
         self.store, self.should_stop, self.shards = copy.copy(store), should_stop, _shards_digest(store)
         self.blocks = _blocks(store)
+        self._order_of, self._blocks_order = -1, torch.empty(0, dtype=torch.long)
         self.per_window = max(1, store.buffer_tokens // BLOCK)
         self.epoch, self.window, self.served, self.given = 0, 0, 0, 0
         self.left = torch.empty(0, dtype=torch.long)  # rows of the window before that filled no batch
@@ -340,11 +341,17 @@ class _ShuffledRows(Iterator[Rows]):
 
     def _drawn(self) -> Int[Tensor, "n"]:
         """The rows of this window that count, with those that were left, in the order they are served."""
-        order = torch.randperm(len(self.blocks), generator=_generator(self.store.seed, self.epoch))
-        mine = order[self.window * self.per_window : (self.window + 1) * self.per_window]
+        mine = self._epoch_order(self.epoch)[self.window * self.per_window : (self.window + 1) * self.per_window]
         rows = [self.store.counted(low, high) for low, high in self.blocks[mine].tolist()]
         held = torch.cat([self.left, *rows])
         return held[torch.randperm(len(held), generator=_generator(self.store.seed, self.epoch, self.window))]
+
+    def _epoch_order(self, epoch: int) -> Int[Tensor, "block"]:
+        """The blocks in the order of an epoch: drawn once for all of its windows."""
+        if self._order_of != epoch:
+            generator = _generator(self.store.seed, epoch)
+            self._order_of, self._blocks_order = epoch, torch.randperm(len(self.blocks), generator=generator)
+        return self._blocks_order
 
     def _restore(self, state: StreamState) -> None:
         record = state.record

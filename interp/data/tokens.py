@@ -1,6 +1,7 @@
 """Text to blocks of tokens: BOS, packing, and beside every token its document, position and whether it is special."""
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from interp.core.errors import ConfigError, DataError
 from interp.core.text import Tokens, pad_id_of, special_mask
@@ -16,10 +18,11 @@ from interp.data.documents import Documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Cursor", "Packing", "TokenBlock", "TokenSource"]
+__all__ = ["Cursor", "Packing", "TokenBlock", "TokenSource", "token_bar", "watched_blocks"]
 
 Packing = Literal["concat", "block_diagonal", "one_doc"]
 
+_SOON = 2.0  # seconds before a bar comes up
 _CHUNK = 64  # documents tokenized at once: the most that is held in memory
 
 
@@ -233,6 +236,34 @@ class TokenSource:
             position_ids=position_ids,
             cursor=cursor,
         )
+
+
+def watched_blocks(
+    tokens: TokenSource, max_tokens: int, should_stop: Callable[[], bool] | None = None, *, doing: str
+) -> Iterator[TokenBlock]:
+    """Yield blocks until `max_tokens` have been given; a bar comes up on stderr when that takes more than two seconds.
+
+    Args:
+        tokens: the text.
+        max_tokens: special tokens and pads included; the block that reaches it is the last, and whole.
+        should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
+        doing: what the bar says.
+    """
+    with token_bar(max_tokens, doing) as bar:
+        given = 0
+        for block in tokens.blocks():
+            if should_stop is not None and should_stop():
+                raise KeyboardInterrupt
+            yield block
+            given += block.ids.numel()
+            bar.update(min(block.ids.numel(), max_tokens - bar.n))
+            if given >= max_tokens:
+                return
+
+
+def token_bar(total: int, doing: str) -> "tqdm[Any]":
+    """A bar on stderr for work on so many tokens, which comes up when it takes more than two seconds."""
+    return tqdm(total=total, unit="tok", unit_scale=True, desc=doing, delay=_SOON, leave=False, file=sys.stderr)
 
 
 def _padded(rows: list[list[int]], fill: int, width: int) -> Int[Tensor, "row pos"]:

@@ -1,16 +1,14 @@
 """Text as a dictionary is looked at on it: blocks of tokens with those that count, latents of a few rows at a time."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm import tqdm
 
 from interp.core.errors import DataError
-from interp.data.tokens import Cursor, TokenBlock, TokenSource
+from interp.data.tokens import Cursor, TokenBlock, TokenSource, token_bar, watched_blocks
 from interp.dictionaries.base import Dictionary
 from interp.testbed.text import LabelledTokens
 
@@ -21,7 +19,6 @@ __all__ = ["Reading", "counted_blocks", "encoded_in_parts"]
 
 _MOST_LATENTS = 1 << 24  # so many numbers of [token d_sae] at once: 64 MiB in fp32
 _ROWS = 32  # labelled rows per forward
-_SOON = 2.0  # seconds before a bar comes up
 
 
 class Reading:
@@ -62,7 +59,7 @@ class Reading:
         width = self.labelled.ids.shape[1]
         rows = min(len(self.labelled.ids), -(-self.max_tokens // width))
         documents = 0
-        with _bar(rows * width, doing) as bar:
+        with token_bar(rows * width, doing) as bar:
             for part in (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS)):
                 block = self._block(self.labelled.ids[part], documents)
                 documents = int(block.doc.max()) + 1
@@ -93,18 +90,10 @@ def counted_blocks(
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
         doing: what the bar says.
     """
-    given = 0
-    with _bar(max_tokens, doing) as bar:
-        for block in tokens.blocks():
-            if should_stop is not None and should_stop():
-                raise KeyboardInterrupt
-            keep = block.mask & ~block.special
-            if bool(keep.any()):
-                yield block, keep
-            given += block.ids.numel()
-            bar.update(min(block.ids.numel(), max_tokens - bar.n))
-            if given >= max_tokens:
-                return
+    for block in watched_blocks(tokens, max_tokens, should_stop, doing=doing):
+        keep = block.mask & ~block.special
+        if bool(keep.any()):
+            yield block, keep
 
 
 def encoded_in_parts(
@@ -125,7 +114,3 @@ def encoded_in_parts(
         with torch.no_grad():
             latents = dictionary.encode(x[part])
         yield part, latents
-
-
-def _bar(total: int, doing: str) -> "tqdm[Any]":
-    return tqdm(total=total, unit="tok", unit_scale=True, desc=doing, delay=_SOON, leave=False, file=sys.stderr)
