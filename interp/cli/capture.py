@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from pydantic import Field, ValidationError, field_validator
 
-from interp.cli.lines import config_file, line_with_defaults, value_on
+from interp.cli.lines import config_file, line_with_defaults, refuse, tell, value_on
 from interp.core.errors import ArtifactError, ConfigError
 from interp.core.settings import Settings, describe_faults, read_yaml
 from interp.core.site import Site
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CaptureConfig", "CaptureLine", "main"]
 
-_BAD_USAGE, _STOPPED = 2, 143
+_STOPPED = 143
 _STAND_IN = {"model": "-", "sites": ["0.resid_post"], "data": "-", "out": "-"}
 
 
@@ -113,9 +113,9 @@ def main(argv: list[str]) -> int:
         line = tyro.cli(CaptureLine, prog="interp capture", args=words, default=default)
         cfg = line.settings()
     except ValidationError as err:
-        return _refuse(describe_faults(err, CaptureConfig))
+        return refuse(describe_faults(err, CaptureConfig))
     except ConfigError as err:
-        return _refuse(str(err))
+        return refuse(str(err))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # One of several may come first: whoever it is begins the store, the others join it.
     resume = line.resume or world > 1
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
     report, signal = _captured(cfg, hm, tokens, resume=resume, loud=rank == 0)
     if report.status == "stopped":
         way_on = f"`interp capture --resume --out {shlex.quote(cfg.out)}`"
-        _tell(f"stopped by {signal}; whole shards are kept, {way_on} goes on")
+        tell(f"stopped by {signal}; whole shards are kept, {way_on} goes on")
     if rank == 0:
         said = _record(report)
         sys.stdout.write(f"{json.dumps(said, indent=1) if line.json_output else _summary(report)}\n")
@@ -165,7 +165,7 @@ def _opened(cfg: CaptureConfig, *, resume: bool, loud: bool) -> tuple["HookManag
         return hm, source(Manifest.read(Path(cfg.out)).text.rows)
     rows = fastest_rows(hm, source(1), cfg.sites)
     if loud:
-        _tell(f"{rows} rows of {cfg.text.ctx} tokens per forward are the fastest here")
+        tell(f"{rows} rows of {cfg.text.ctx} tokens per forward are the fastest here")
     return hm, source(rows)
 
 
@@ -279,12 +279,3 @@ def _summary(report: "Captured") -> str:
         f"{report.tokens:,} tokens ({size:.2f} GB) in {report.seconds:.1f} s: {speed:,.0f} tokens/s; busy: {share}\n"
         f"{report.folder}: interp.ActivationStore.open({str(report.folder)!r})"
     )
-
-
-def _tell(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-
-
-def _refuse(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return _BAD_USAGE

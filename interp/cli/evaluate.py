@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from interp.cli.lines import refuse, tell
 from interp.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EvalOptions", "OpenRun", "RunOptions", "main", "open_run"]
 
-_BAD_USAGE = 2
 _DEFAULT_RANK = 32
 
 
@@ -145,22 +145,22 @@ def main(argv: list[str]) -> int:
     """
     options = tyro.cli(EvalOptions, prog="interp eval", args=argv)
     if options.out is not None and options.out.is_dir():
-        return _refuse(
+        return refuse(
             f"--out {options.out} is a folder; give the name of a file, such as {options.out}/evaluation.json"
         )
     from interp.core.disk import write_json
     from interp.evaluate.baseline import fit_pca
     from interp.evaluate.dictionary import evaluate_dictionary
 
-    run = open_run(options, _tell)
+    run = open_run(options, tell)
     tokens = options.tokens or (run.cfg.evaluation.tokens if run.cfg is not None else 100_000)
     asked = options.pca_rank or getattr(run.dictionary.cfg, "k", None) or _DEFAULT_RANK
     held_out, width = run.tokens("held_out"), run.dictionary.cfg.d_in
-    _tell(
+    tell(
         f"fitting a PCA of rank {min(asked, width)} on {tokens:,} tokens of {run.tokens('train').documents.describe()}"
     )
     pca = fit_pca(run.hm, run.tokens("train"), run.site, rank=min(asked, width), max_tokens=tokens)
-    _tell(f"measuring on {tokens:,} tokens of {held_out.documents.describe()}")
+    tell(f"measuring on {tokens:,} tokens of {held_out.documents.describe()}")
     found = evaluate_dictionary(run.hm, run.dictionary, held_out, run.site, max_tokens=tokens, pca=pca)
     out = options.out or options.run / "evaluation.json"
     record: dict[str, Any] = {**found.scalars(), "text": _said(held_out), "special_tokens": "left out"}
@@ -177,12 +177,3 @@ def _said(tokens: "TokenSource") -> str:
     documents = tokens.documents
     kept = f"every {documents.hold_out_every}th document" if documents.part == "held_out" else "all documents"
     return f"{kept} of {documents.describe()}"
-
-
-def _tell(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-
-
-def _refuse(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return _BAD_USAGE

@@ -1,5 +1,6 @@
 """What command lines with a config file have in common."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_origin
 
@@ -8,7 +9,9 @@ from pydantic import BaseModel
 
 from interp.core.errors import ConfigError
 
-__all__ = ["config_file", "line_with_defaults", "value_on"]
+__all__ = ["config_file", "line_with_defaults", "refuse", "tell", "value_on"]
+
+_BAD_USAGE = 2
 
 _Line = TypeVar("_Line", bound=BaseModel)
 
@@ -76,6 +79,19 @@ def _switches(config: type[BaseModel], path: str = "") -> set[str]:
         elif kind is bool:
             names |= {f"--{path}{word}", f"--{path}no-{word}"}
     return names
+
+
+def refuse(message: str) -> int:
+    """Say on stderr what is wrong with a command line; gives the exit code of bad usage."""
+    sys.stderr.write(f"error: {message}\n")
+    return _BAD_USAGE
+
+
+def tell(message: str) -> None:
+    """Say something on stderr, between the lines of a progress bar and not into one."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
 
 
 def value_on(words: list[str], option: str) -> str | None:

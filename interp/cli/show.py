@@ -8,14 +8,13 @@ import tyro
 from pydantic import Field
 
 from interp.cli.evaluate import OpenRun, RunOptions, open_run
+from interp.cli.lines import refuse, tell
 from interp.core.errors import ArtifactError
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
 __all__ = ["ShowOptions", "main"]
-
-_BAD_USAGE = 2
 
 
 class ShowOptions(RunOptions):
@@ -46,15 +45,15 @@ def main(argv: list[str]) -> int:
     try:
         latents = options.n if options.latents is None else [int(part) for part in options.latents.split(",")]
     except ValueError:
-        return _refuse(f"--latents {options.latents!r}: expected numbers with commas between them, such as 77,1203")
+        return refuse(f"--latents {options.latents!r}: expected numbers with commas between them, such as 77,1203")
     if options.out is not None and options.out.is_dir():
-        return _refuse(f"--out {options.out} is a folder; give the name of a file, such as {options.out}/page.html")
+        return refuse(f"--out {options.out} is a folder; give the name of a file, such as {options.out}/page.html")
     from interp.evaluate.top_examples import top_examples
     from interp.report.dictionary_page import RunRecord, write_dictionary_page
 
     record = RunRecord.read(options.run)
-    run = open_run(options, _tell)
-    _tell(f"looking at {options.tokens:,} tokens")
+    run = open_run(options, tell)
+    tell(f"looking at {options.tokens:,} tokens")
     found = top_examples(
         run.hm,
         run.dictionary,
@@ -90,12 +89,3 @@ def _of_the_world(hm: "HookManager") -> bool:
     from interp.testbed.words import SPECIAL
 
     return hm.d_vocab == len(vocabulary()) and getattr(hm.tokenizer, "bos_token", None) == SPECIAL[0]
-
-
-def _tell(message: str) -> None:
-    sys.stderr.write(f"{message}\n")
-
-
-def _refuse(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return _BAD_USAGE

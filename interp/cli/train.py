@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from pydantic import Field, ValidationError
 
-from interp.cli.lines import config_file, line_with_defaults, value_on
+from interp.cli.lines import config_file, line_with_defaults, refuse, tell, value_on
 from interp.core.errors import ConfigError
 from interp.core.resources import resource
 from interp.core.settings import describe_faults, read_yaml
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TrainOptionsLine", "main"]
 
-_BAD_USAGE, _STOPPED = 2, 143
+_STOPPED = 143
 
 
 _BUILT_IN = "configs/sae-testbed.yaml"
@@ -70,14 +70,14 @@ def main(argv: list[str]) -> int:
     try:
         path, words = config_file(argv, TrainConfig)
         if {"--force", "--resume"} <= set(words):
-            return _refuse("--force replaces a run and --resume goes on with it; give one of them")
+            return refuse("--force replaces a run and --resume goes on with it; give one of them")
         default = line_with_defaults(TrainOptionsLine, TrainConfig, _given(path, words), _STAND_IN)
         line = tyro.cli(TrainOptionsLine, prog="interp train", args=words, default=default)
         cfg = line.settings()
     except ValidationError as err:
-        return _refuse(describe_faults(err, TrainConfig))
+        return refuse(describe_faults(err, TrainConfig))
     except ConfigError as err:
-        return _refuse(str(err))
+        return refuse(str(err))
     from interp.train.job import plan_job, train_job
 
     plan = plan_job(cfg, force=line.force, resume=line.resume)
@@ -86,13 +86,13 @@ def main(argv: list[str]) -> int:
         text = json.dumps(record, indent=1) if line.json_output else f"{cfg.to_yaml()}\n{_estimates(plan)}"
         sys.stdout.write(f"{text}\n")
         return 0
-    report = train_job(cfg, force=line.force, resume=line.resume, tell=_tell)
+    report = train_job(cfg, force=line.force, resume=line.resume, tell=tell)
     if line.json_output:
         sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
     elif report.evaluation is not None:
         sys.stdout.write(f"{report.evaluation.summary()}\n{_where_to_look(report.out)}\n")
     if report.status == "stopped":
-        _tell(_stopped(report))
+        tell(_stopped(report))
         return _STOPPED
     return 0
 
@@ -140,15 +140,3 @@ def _stopped(report: "JobReport") -> str:
     if not report.training.stopped:
         return f"{after}, the last ones; the dictionary is in {report.out}, not measured. {way_on} measures it"
     return f"{after}; {way_on} goes on from there. The dictionary so far is in {report.out}, not measured"
-
-
-def _tell(message: str) -> None:
-    from tqdm import tqdm
-
-    # Between the bar's lines, not into one.
-    tqdm.write(message, file=sys.stderr)
-
-
-def _refuse(message: str) -> int:
-    sys.stderr.write(f"error: {message}\n")
-    return _BAD_USAGE
