@@ -23,7 +23,8 @@ and of the parts:
                        every residual ÷ `model(ids)` in case B (12 layers × d 64, 1 × 8 tokens); one residual ÷ the cut
                        backbone in case A (6 layers × d 384, 8 × 128 tokens)
 
-Rounds are interleaved; models have one thread; ids are made before, nobody tokenises. What stays in memory is compared
+Rounds are interleaved, each contender has a process of its own; models have one thread; ids are made before, nobody
+tokenises. What stays in memory is compared
 by CPU seconds. Whatever meets the disk is compared by wall time, for ours writes in a thread of its own, so the machine
 must be quiet. With `--device cuda` all is wall time until the device is done, of bfloat16 models at 1,024 tokens.
 """
@@ -39,18 +40,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import capture_peers as peers
 import engine  # sets the number of threads, so before torch
+from capture_disk import run_read, run_write
 from capture_peers import Contender, Setting, Worker, timed
-from engine import SEED, SHORTEST, Call, interval, row
+from engine import SEED, SHORTEST, Call, row
+from figures import Found, interleaved, ratios_of
 
 os.environ.update(peers.QUIET)
 Times = dict[str, tuple[float, float]]  # contender → CPU and wall seconds of one round
@@ -97,7 +99,7 @@ RATIOS = {
     "vs_saelens_store": Ratio(("saelens_store",), "memory"),
     "vs_saelens_store_hf": Ratio(("saelens_store_hf",), "memory"),
     "vs_saelens_runner": Ratio(("saelens_runner",), "disk_float32", (2.0, 1.15, 3.0), disk=True),
-    "vs_saelens_runner_hf": Ratio(("saelens_runner_hf",), "disk_float32", (2.0, 1.15, 3.0), disk=True),
+    "vs_saelens_runner_hf": Ratio(("saelens_runner_hf",), "disk_float32", disk=True),
     "vs_nnsight": Ratio(("nnsight",), "memory"),
     "vs_interp_engine": Ratio(("interp_engine",), "memory"),
 }
@@ -108,61 +110,42 @@ LATENCIES = {
 PARTS = ("peak_memory", "write_vs_disk", "read_gbps")
 
 
-@dataclass
-class Found:
-    """Figures, and the lines that show them."""
-
-    figures: dict[str, float]
-    lines: list[str]
-
-    def ratio(self, name: str, values: list[float], bound: float | None = None, *, most: bool = False) -> None:
-        """Add a figure with its interval, and whether it holds its bound (at least, or at most) by its better end."""
-        if not values:
-            self.lines.append(f"{name}: not measured")
-            return
-        low, high = interval(values)
-        self.figures |= {name: statistics.median(values), f"{name}_low": low, f"{name}_high": high}
-        said = ""
-        if bound is not None:
-            held = low <= bound if most else high >= bound
-            said = f" at {'most' if most else 'least'} {bound:.3g} {'held' if held else 'MISSED'}"
-        self.lines.append(f"{name}:{said}\n{row('', values)}")
-
-
 def wanted(options: argparse.Namespace, setting: str) -> dict[str, Ratio]:
     """The ratios of a setting that were asked for."""
     only = options.only
     return {name: r for name, r in RATIOS.items() if not only or {name, f"{name}_{setting}"} & set(only)}
 
 
+def needed(ratios: dict[str, Ratio]) -> set[str]:
+    """Everybody that some ratios are about."""
+    return {"floor", "again"} | {c for r in ratios.values() for c in (*r.theirs, r.ours)} if ratios else set()
+
+
 def run_setting(name: str, setting: Setting, options: argparse.Namespace, there: dict[str, Worker]) -> Found:
     """Measure one setting, everybody in every round but the peers, which are slow."""
     ratios, found = wanted(options, name), Found({}, [])
-    needed = {"floor", "again"} | {c for r in ratios.values() for c in (*r.theirs, r.ours)}
-    calls = {c: contender for c, contender in peers.mine(setting, options.folder).items() if c in needed}
-    truth = peers.checked(calls["floor"])
-    for contender in set(calls) - {"floor", "raw_disk"}:
-        apart = abs(peers.checked(calls[contender]) / truth - 1)
-        if not apart <= CLOSE["ours"]:
-            sys.exit(f"{contender} at {name}: the mean square of what it captured is {apart:.1%} away from the floor's")
-    skipped = {peer: "no python has it" for peer in peers.PEERS if peer in needed and peer not in there}
+    skipped = dict.fromkeys(needed(ratios) - set(there), "no python has it")
+    calls = [c for c in sorted(there) if c in needed(ratios)]
+    truth = there["floor"].ask(setting, options.folder)["mean_square"]
+    for c in set(calls) - {"floor", "raw_disk"}:
+        if fault := checked(
+            there[c].ask(setting, options.folder), truth, CLOSE["peers" if c in peers.PEERS else "ours"]
+        ):
+            skipped[c] = fault
+            if c in peers.OURS:
+                sys.exit(f"{c} at {name}: {fault}")
     draw, rounds = random.Random(SEED), options.rounds or (3 if options.quick else 15)
     with_peers = set(draw.sample(range(rounds), min(rounds, 2 if options.quick else 7)))
     times: list[Times] = []
     for number in range(rounds):
-        order = [*calls, *(p for p in there if number in with_peers and p in needed - set(skipped))]
+        order = [c for c in calls if c not in skipped and (c in peers.OURS or number in with_peers)]
         times.append({})
         for c in draw.sample(order, len(order)):
-            if c in calls:
-                times[-1][c] = timed(calls[c], setting.device)
+            answer = there[c].ask(setting, options.folder)
+            if "error" in answer:
+                skipped[c] = answer["error"]
             else:
-                answer = there[c].ask(setting, c, options.folder)
-                if not abs(answer.get("mean_square", truth) / truth - 1) <= CLOSE["peers"]:
-                    answer = {"error": f"it captured something else: {answer['mean_square']:.4g}, not {truth:.4g}"}
-                if "error" in answer:
-                    skipped[c] = answer["error"]
-                else:
-                    times[-1][c] = (answer["cpu"], answer["wall"])
+                times[-1][c] = (answer["cpu"], answer["wall"])
         print(f"{name} {number + 1}/{rounds}", file=sys.stderr)
     times = [{c: t for c, t in one.items() if c not in skipped} for one in times]
     found.lines += describe(name, setting, times)
@@ -175,6 +158,14 @@ def run_setting(name: str, setting: Setting, options: argparse.Namespace, there:
             by_floor = found.figures[f"{figure}_{name}_floor"] = statistics.median(beside)
             found.lines[-1] += f"; ÷ floor {by_floor:.3f}"
     return found
+
+
+def checked(answer: dict[str, Any], truth: float, close: float) -> str | None:
+    """Why a contender's first pass does not count; None where it captured what the floor did."""
+    if "error" in answer:
+        return str(answer["error"])
+    apart = abs(answer["mean_square"] / truth - 1)
+    return None if apart <= close else f"the mean square of what it captured is {apart:.1%} away from the floor's"
 
 
 def compared(times: list[Times], theirs: tuple[str, ...], ours: str, clock: int) -> list[float]:
@@ -198,22 +189,6 @@ def describe(name: str, setting: Setting, times: list[Times]) -> list[str]:
         cpu, wall = (statistics.median(one[c][clock] for one in times if c in one) for clock in (0, 1))
         lines.append(f"  {c:<18}{cpu:9.3f}{wall:9.3f}{setting.tokens / wall:11.0f}")
     return [*lines, row("again ÷ floor", compared(times, ("again",), "floor", int(setting.device == "cuda")))]
-
-
-def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each call says, round by round, in an order drawn anew; a first round is not counted."""
-    draw = random.Random(SEED)
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name in draw.sample(list(calls), len(calls)):
-            found[name].append(calls[name]())
-        print(f"{', '.join(calls)}: {number}/{rounds}", file=sys.stderr)
-    return {name: values[1:] for name, values in found.items()}
-
-
-def ratios_of(top: list[float], bottom: list[float]) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(top, bottom, strict=True)]
 
 
 def run_latency(options: argparse.Namespace) -> Found:
@@ -258,114 +233,6 @@ def latency_calls(setting: Setting) -> dict[str, Callable[[], float]]:
     return {name: lambda c=call: seconds(c, repeats) / repeats for name, call in calls.items()}  # type: ignore[misc]
 
 
-def columns(n: int) -> dict[str, Any]:
-    """What is known of `n` rows."""
-    import torch
-
-    ids = torch.arange(n)
-    return {"ids": ids, "document": ids, "position": ids, "special": torch.zeros(n, dtype=torch.bool)}
-
-
-def run_write(options: argparse.Namespace) -> Found:
-    """Write as many bytes in every way, and wait until they are on the disk (SAELens does not)."""
-    import torch
-
-    from interp.data.codec import codec_named
-    from interp.data.shard import ShardWriter
-
-    rows, d, key = 8192, 512, ("values", "blocks.5.hook_resid_post")
-    blocks = 1 if options.tiny else 8 if options.quick else 32
-    x, known, data = torch.randn(rows, d).bfloat16(), columns(rows), os.urandom(rows * (2 * d + 17))
-    wide = torch.randn(len(data) * blocks // (4 * d * 128), 128, d)
-
-    def ours(place: Path) -> None:
-        shard = ShardWriter(place, {key: codec_named("bfloat16")})
-        for _ in range(blocks):
-            shard.append(known, {key: x})
-        shard.close({})
-
-    def saelens(place: Path) -> None:
-        from datasets import Array2D, Dataset, Features
-
-        made = Dataset.from_dict({"x": wide}, features=Features({"x": Array2D((128, d), "float32")}))
-        made.save_to_disk(str(place), num_shards=1)
-
-    def rate(write: Callable[[Path], None], size: int) -> float:
-        place = options.folder / uuid.uuid4().hex
-        start = time.perf_counter()
-        write(place)
-        found = size / (time.perf_counter() - start) / 1e9
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
-        return found
-
-    size, raw = len(data) * blocks, lambda place: peers.write_raw(place, data, blocks)
-    ways: dict[str, Callable[[], float]] = {"ours": lambda: rate(ours, size), "raw": lambda: rate(raw, size)}
-    if options.peers != ["none"]:
-        ways["saelens"] = lambda: rate(saelens, wide.numel() * 4)
-    rates = interleaved(ways, options.rounds or (3 if options.quick else 15))
-    found = Found({}, ["", f"writing {size / 1e6:.0f} MB; GB/s by wall time"])
-    for name, values in rates.items():
-        found.figures[f"write_gbps_{name}"] = statistics.median(values)
-        found.lines.append(row(name, values))
-    found.ratio("write_vs_disk", ratios_of(rates["ours"], rates["raw"]), 0.8)
-    if "saelens" in rates:
-        found.ratio("write_vs_saelens", ratios_of(rates["ours"], rates["saelens"]), 5.0)
-    return found
-
-
-def run_read(options: argparse.Namespace) -> Found:
-    """Read all shuffled batches of a store, over and over, so that the system holds it in memory."""
-    import torch
-
-    from interp.data.store import ActivationStore
-
-    rows, d, size, n_shards = 65536, 512, 4096, 2 if options.tiny else 4 if options.quick else 16
-    part = torch.randn(rows, d).bfloat16()
-    whole, folder = part.repeat(n_shards, 1), options.folder / "store"
-    make_store(folder, part, n_shards)
-    store = ActivationStore.open(folder, batch_size=size)
-
-    def rate(batches: Iterable[Any]) -> float:
-        start, served = time.perf_counter(), 0
-        for batch in batches:
-            served += batch.numel() * 2
-        return served / (time.perf_counter() - start) / 1e9
-
-    ways: dict[str, Callable[[], float]] = {
-        "ours": lambda: rate(batch.x for batch in store.batches()),
-        "gather": lambda: rate(whole.index_select(0, i) for i in torch.randperm(len(whole)).split(size)),
-    }
-    rates = interleaved(ways, options.rounds or (5 if options.quick else 15))
-    shutil.rmtree(folder)
-    head = f"reading {whole.numel() * 2 / 1e9:.2f} GB in shuffled batches of {size} × {d} bfloat16; GB/s by wall time"
-    found = Found({"gather_gbps": statistics.median(rates["gather"])}, ["", head])
-    found.lines += [row(name, values) for name, values in rates.items()]
-    found.ratio("read_gbps", rates["ours"], min(5.0, 0.7 * found.figures["gather_gbps"]))
-    found.ratio("read_vs_gather", ratios_of(rates["ours"], rates["gather"]))
-    return found
-
-
-def make_store(folder: Path, part: Any, n_shards: int) -> None:
-    """A store whose shards all hold the same rows [row d]."""
-    from interp import HookManager
-    from interp.core.disk import write_json
-    from interp.data.capture import plan_capture
-    from interp.data.codec import codec_named
-    from interp.data.manifest import MANIFEST, SHARDS
-    from interp.data.shard import ShardWriter, shard_name
-
-    setting = replace(SETTINGS["ctx128"], rows=1, blocks=1, d_model=part.shape[1])
-    model, ids = peers.build(setting)
-    manifest = plan_capture(HookManager.load(model), peers.our_text(setting, ids), setting.site).manifest
-    folder.mkdir()
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
-    key = ("values", setting.site)
-    for number in range(n_shards):
-        shard = ShardWriter(folder / SHARDS / shard_name(number), {key: codec_named("bfloat16")})
-        shard.append(columns(len(part)), {key: part})
-        shard.close({"first_document": number, "end_document": number + 1})
-
-
 def run_peak(name: str, setting: Setting, options: argparse.Namespace) -> Found:
     """Peak memory of ours above that of the cut model at work, each in a fresh process, ÷ what is documented."""
     found, item = Found({}, []), 4 if setting.dtype == "float32" else 2
@@ -398,7 +265,7 @@ def peak_of(kind: str, setting: Setting, folder: Path) -> None:
 
     def made(of: Setting, rows: Any) -> Contender:
         if kind == "memory":
-            return peers.to_memory(of, model, rows)
+            return peers.to_memory(of, model, rows, folder)
         return peers.to_disk(of, model, rows, folder, "bfloat16")
 
     timed(made(one, first), setting.device)  # what is imported and allocated once is no buffer
@@ -420,18 +287,21 @@ def peak(contender: Contender, device: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
-def measure(options: argparse.Namespace, there: dict[str, Worker]) -> Found:
-    """Everything that was asked for."""
+def measure(options: argparse.Namespace, there: dict[str, Worker]) -> dict[str, float]:
+    """Everything that was asked for; what is known is printed as it comes."""
     only, more = set(options.only or [*RATIOS, *LATENCIES, *PARTS]), []
+    runs: list[Callable[[], Found]] = []
     for name, setting in options.settings.items():
         if wanted(options, name):
-            more.append(run_setting(name, setting, options, there))
+            runs.append(partial(run_setting, name, setting, options, there))
         if "peak_memory" in only and not (options.quick and name == "testbed"):
-            more.append(run_peak(name, setting, options))
-    runs = {run_latency: set(LATENCIES), run_write: {"write_vs_disk"}, run_read: {"read_gbps"}}
-    more += [run(options) for run, figures in runs.items() if figures & only]
-    figures = {name: value for found in more for name, value in found.figures.items()}
-    return Found(figures, [line for found in more for line in found.lines])
+            runs.append(partial(run_peak, name, setting, options))
+    parts = {run_latency: set(LATENCIES), run_write: {"write_vs_disk"}, run_read: {"read_gbps"}}
+    runs += [partial(run, options) for run, figures in parts.items() if figures & only]
+    for run in runs:
+        more.append(run())
+        print("\n".join(more[-1].lines), file=sys.stderr if options.json else sys.stdout, flush=True)
+    return {name: value for found in more for name, value in found.figures.items()}
 
 
 def sized(options: argparse.Namespace) -> None:
@@ -471,29 +341,31 @@ def main() -> None:
     sized(options)
     if missing := [python for python in options.peers if python != "none" and not shutil.which(python)]:
         parser.error(f"--peers: there is no python at {missing[0]}")
-    workers = [] if options.peers == ["none"] else [Worker(python) for python in (sys.executable, *options.peers)]
-    there = peers.whose(workers)
+    asked = {c for name in options.settings for c in needed(wanted(options, name))}
+    alone = options.peers == ["none"]
+    there = peers.workers_for(asked - set(peers.PEERS) if alone else asked, [sys.executable, *options.peers])
+    versions = {c: str(worker.version) for c, worker in there.items() if c in peers.PEERS}
+    versions |= {name: metadata.version(name) for name in ("torch", "transformers")}
+    where = {"machine": machine(options), "versions": versions | {"python": platform.python_version()}}
+    if not options.json:
+        print(where["machine"], ", ".join(f"{k} {v}" for k, v in versions.items()), sep="\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="capture-", dir=options.folder) as folder:
         options.folder = Path(folder)
-        found = measure(options, there)
-    for worker in workers:
+        figures = measure(options, there)
+    for worker in there.values():
         worker.close()
-    report(found, options, {peer: worker.versions[peer] for peer, worker in there.items()})
+    if options.json:
+        print(json.dumps({"figures": figures, **where}, indent=1))
 
 
-def report(found: Found, options: argparse.Namespace, versions: dict[str, str]) -> None:
-    """Print all of it."""
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")} | versions
-    versions["python"] = platform.python_version()
+def machine(options: argparse.Namespace) -> str:
+    """What it was measured on."""
     where = f"{engine._cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; one OpenMP thread"
     if options.device == "cuda":
         import torch
 
         where = f"{torch.cuda.get_device_name()}; {where}"
-    if options.json:
-        print(json.dumps({"figures": found.figures, "machine": where, "versions": versions}, indent=1))
-    else:
-        print("\n".join([where, ", ".join(f"{k} {v}" for k, v in versions.items()), *found.lines]))
+    return where
 
 
 if __name__ == "__main__":

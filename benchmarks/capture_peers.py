@@ -1,7 +1,8 @@
-"""What is captured in `capture.py`, and by whom; also the worker that it starts in the python of each peer.
+"""What is captured in `capture.py`, and by whom; also the worker that it starts for each contender.
 
-A line on stdin, {"setting": …, "peer": …, "folder": …}, is answered by one on stdout: the CPU and wall seconds of one
-pass over the text, and the first time also the mean square of what it gave, by which its values are checked.
+`python capture_peers.py CONTENDER` says what it runs on, or null where this python lacks it. Then a line on stdin,
+{"setting": …, "folder": …}, is answered by one on stdout: the CPU and wall seconds of one pass over the text, and the
+first time also the mean square of what it gave, by which its values are checked.
 """
 
 import copy
@@ -164,7 +165,7 @@ def timed(contender: Contender, device: str) -> tuple[float, float]:
     return seconds
 
 
-def floor(setting: Setting, model: Any, ids: Any) -> Contender:
+def floor(setting: Setting, model: Any, ids: Any, folder: Path) -> Contender:
     """The backbone alone, cut after the block."""
     backbone = cut(model, setting.layer)
     return keeping(setting, ids, lambda batch: backbone(batch, use_cache=False).last_hidden_state)
@@ -221,7 +222,7 @@ def our_text(setting: Setting, ids: Any) -> Any:
     return Tokenised([f"{i}" for i in range(len(rows))], words, ctx=setting.ctx, rows=setting.rows, bos=False)
 
 
-def to_memory(setting: Setting, model: Any, ids: Any) -> Contender:
+def to_memory(setting: Setting, model: Any, ids: Any, folder: Path) -> Contender:
     """One round of a buffer that holds the whole text: filled, and its half served."""
     import torch
 
@@ -244,7 +245,7 @@ def to_memory(setting: Setting, model: Any, ids: Any) -> Contender:
     return Contender(call, lambda: mean_square(batch.x for batch in stream()))
 
 
-def to_disk(setting: Setting, model: Any, ids: Any, folder: Path, dtype: Any) -> Contender:
+def to_disk(setting: Setting, model: Any, ids: Any, folder: Path, dtype: Any = "bfloat16") -> Contender:
     """`interp.capture`."""
     from interp import HookManager
     from interp.data.capture import CaptureOptions, capture
@@ -268,7 +269,7 @@ def to_disk(setting: Setting, model: Any, ids: Any, folder: Path, dtype: Any) ->
     return Contender(call, check, clean)
 
 
-def raw_disk(setting: Setting, folder: Path) -> Contender:
+def raw_disk(setting: Setting, model: Any, ids: Any, folder: Path) -> Contender:
     """As many bytes as a store of the text has, from memory to a file and to the disk itself."""
     data, path = os.urandom(setting.rows * setting.ctx * stored_bytes(setting)), folder / "raw"
 
@@ -276,19 +277,6 @@ def raw_disk(setting: Setting, folder: Path) -> Contender:
         write_raw(path, data, setting.blocks)
 
     return Contender(call, lambda: math.nan, lambda: path.unlink(missing_ok=True))
-
-
-def mine(setting: Setting, folder: Path) -> dict[str, Contender]:
-    """The floors, the floor once more, and ours."""
-    model, ids = build(setting)
-    return {
-        "floor": floor(setting, model, ids),
-        "again": floor(setting, model, ids),
-        "raw_disk": raw_disk(setting, folder),
-        "memory": to_memory(setting, model, ids),
-        "disk": to_disk(setting, model, ids, folder, "bfloat16"),
-        "disk_float32": to_disk(setting, model, ids, folder, "float32"),
-    }
 
 
 # -- peers ----------------------------------------------------------------------------------------------------------
@@ -411,6 +399,14 @@ def batch_size(setting: Setting) -> int:
     return min(4096, setting.tokens // 4)
 
 
+OURS: dict[str, Callable[..., Contender]] = {
+    "floor": floor,
+    "again": floor,
+    "raw_disk": raw_disk,
+    "memory": to_memory,
+    "disk": to_disk,
+    "disk_float32": partial(to_disk, dtype="float32"),
+}
 PEERS: dict[str, Callable[..., Contender]] = {
     "bridge": bridge,
     "saelens_store": saelens_store,
@@ -424,8 +420,8 @@ DISTRIBUTIONS = {"bridge": "transformer-lens", "nnsight": "nnsight", "interp_eng
 DISTRIBUTIONS |= {peer: "sae-lens" for peer in PEERS if peer.startswith("saelens")}
 
 
-def work() -> None:
-    """The worker's loop: which peers are here, then one pass per line."""
+def work(contender: str) -> None:
+    """The worker's loop: one pass per line."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not an answer
     warnings.filterwarnings("ignore")
@@ -434,21 +430,17 @@ def work() -> None:
         channel.write(json.dumps(answer) + "\n")
         channel.flush()
 
-    say(versions())
-    held: dict[str, Contender] = {}
-    now: tuple[Setting, Any, Any] | None = None
+    say(version(contender))
+    now: tuple[Setting, Contender] | None = None
     for line in sys.stdin:
-        asked = json.loads(line)
-        setting, peer = Setting(**asked["setting"]), asked["peer"]
+        asked, answer = json.loads(line), {}
+        setting = Setting(**asked["setting"])
         try:
             if now is None or now[0] != setting:
-                held.clear()
-                now = (setting, *build(setting))
-            answer = {}
-            if peer not in held:
-                held[peer] = PEERS[peer](*now, Path(asked["folder"]))
-                answer["mean_square"] = checked(held[peer])
-            cpu, wall = timed(held[peer], setting.device)
+                now = None
+                now = setting, {**OURS, **PEERS}[contender](setting, *build(setting), Path(asked["folder"]))
+                answer["mean_square"] = checked(now[1])
+            cpu, wall = timed(now[1], setting.device)
             say({**answer, "cpu": cpu, "wall": wall})
         except Exception as error:  # noqa: BLE001 (whatever a peer raises is its result)
             say({"error": f"{type(error).__name__}: {str(error)[:200]}"})
@@ -462,38 +454,45 @@ def checked(contender: Contender) -> float:
         return contender.mean_square()
 
 
-def versions() -> dict[str, str]:
-    """The peers that this python has, with their versions."""
-    there = {d: next(iter(metadata.distributions(name=d)), None) for d in DISTRIBUTIONS.values()}
-    return {peer: held.version for peer, d in DISTRIBUTIONS.items() if (held := there[d]) is not None}
+def version(contender: str) -> str | None:
+    """The version of what a contender runs on; None where this python does not have it."""
+    held = next(iter(metadata.distributions(name=DISTRIBUTIONS.get(contender, "torch"))), None)
+    return None if held is None else str(held.version)
 
 
 class Worker(engine.Worker):
-    """The peers of one python, in a process of their own."""
+    """A contender in a process of its own: what one leaves in memory is nobody else's luck."""
 
-    def __init__(self, python: str) -> None:
-        command = [python, __file__]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **QUIET})
-        self.versions = self._answer()
-        self.python = python
+    def __init__(self, python: str, contender: str) -> None:
+        command, pipe = [python, __file__, contender], subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **engine.STEADY, **QUIET}
+        )
+        self.version: str | None = self._answer()
 
-    def ask(self, setting: Setting, peer: str, folder: Path) -> dict[str, Any]:
-        """One pass of a peer, or why there was none."""
+    def ask(self, setting: Setting, folder: Path) -> dict[str, Any]:
+        """One pass, or why there was none."""
         assert self.process.stdin is not None
         if self.process.poll() is not None:
             return {"error": "its worker has ended"}
-        asked = {"setting": asdict(setting), "peer": peer, "folder": str(folder)}
-        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.write(json.dumps({"setting": asdict(setting), "folder": str(folder)}) + "\n")
         self.process.stdin.flush()
         found: dict[str, Any] = self._answer()
         return found
 
 
-def whose(workers: list[Worker]) -> dict[str, Worker]:
-    """The peers that are here, each with the first python that has it."""
-    return {peer: worker for worker in reversed(workers) for peer in worker.versions if peer in PEERS}
+def workers_for(contenders: set[str], pythons: list[str]) -> dict[str, Worker]:
+    """A worker for each contender that is here, of the first python that has it; ours run in this one."""
+    found = {}
+    for contender in sorted(contenders):
+        for python in pythons if contender in PEERS else [sys.executable]:
+            worker = Worker(python, contender)
+            if worker.version is not None:
+                found[contender] = worker
+                break
+            worker.close()
+    return found
 
 
 if __name__ == "__main__":
-    work()
+    work(sys.argv[1])
