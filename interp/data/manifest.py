@@ -76,6 +76,7 @@ class Manifest(Settings):
     sites: tuple[SiteLayout, ...] = Field(description="what was read, in order")
     dtype: str = Field(description="in which activations are kept")
     gradient: str | None = Field(default=None, description="the loss whose gradients lie beside the activations")
+    compile: str = Field(default="off", description="torch.compile's mode for the model's blocks")
     text: TextLayout
 
     def check(self, now: "Manifest", folder: Path) -> None:

@@ -57,6 +57,7 @@ class StoreFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[int, int] = {}  # tokens that count, of units that are whole or that this process has run
+        self._seen: set[int] = set()  # shards that were whole when last looked at
 
     def place(self, number: int) -> Path:
         """Where a shard lies, or will."""
@@ -113,6 +114,12 @@ class StoreFolder:
         """The numbers of the shards that are there, in order."""
         return whole_shards(self.path)
 
+    def _whole_so_far(self) -> set[int]:
+        """The same as a set; a shard that was whole is not looked into again, so this may be asked at every claim."""
+        there = {int(entry.name) for entry in os.scandir(self.path / SHARDS) if entry.name.isdecimal()}
+        self._seen = {number for number in there if number in self._seen or self._is_whole(number)}
+        return self._seen
+
     def _is_whole(self, number: int) -> bool:
         return (self.place(number) / RECORD).is_file()
 
@@ -126,7 +133,7 @@ class StoreFolder:
 
     def ends_at(self, number: int) -> None:
         """Say that the text has ended before a unit."""
-        with self._writing():
+        with self._writing(), self._lock("store"):
             write_json(self.path / _END, {"units": min(number, self._end() or number)})
 
     def limit(self, max_tokens: int | None) -> int | None:
@@ -138,7 +145,7 @@ class StoreFolder:
         end = self._end()
         if max_tokens is None:
             return end
-        whole, total = set(self.whole()), 0
+        whole, total = self._whole_so_far(), 0
         for number in sorted(whole | set(self._known)):
             # Units that others are at can only add to the tokens before this one.
             if total >= max_tokens or (end is not None and number >= end):

@@ -99,8 +99,8 @@ class StreamedActivations(ActivationStore):
 
     def _capture(self, block: TokenBlock, keep: Int[Tensor, "token"]) -> "Rows":
         run = self.hm.run(block.inputs, read=self.sites, logits="none")
-        there = keep.to(self.hm.device)
-        values = [run[site.name].flatten(0, 1).index_select(0, there).flatten(1) for site in self.sites]
+        read = [run[site.name].flatten(0, 1) for site in self.sites]  # each on the device of its layer
+        values = [x.index_select(0, keep.to(x.device)).flatten(1).to(self.hm.device) for x in read]
         return Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
 
 
