@@ -5,11 +5,14 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from interp.cli.lines import config_file, line_with_defaults, refuse, tell, value_on
 from interp.core.errors import ArtifactError, ConfigError
@@ -22,11 +25,13 @@ from interp.train.config import TextOptions
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
     from interp.data.capture import Captured, CapturePlan
+    from interp.data.remote import Uploaded, Uploader
     from interp.data.tokens import TokenSource
 
 __all__ = ["CaptureConfig", "CaptureLine", "main"]
 
 _STOPPED = 143
+_SPLIT_TOKENS = 8192  # per forward of a model that is split among processes, where rows are not given
 _STAND_IN = {"model": "-", "sites": ["0.resid_post"], "data": "-", "out": "-"}
 
 
@@ -52,15 +57,41 @@ class CaptureConfig(Settings):
         description="text: a .txt, .md or .jsonl file, a folder of them, hf://owner/name, or testbed: the small world's"
     )
     out: str = Field(description="folder to write")
+    send_to: str | None = Field(
+        default=None,
+        description="URL of a folder, such as s3://bucket/store or gcs://bucket/store, that whole shards are sent to "
+        "while others are captured",
+    )
+    keep_local: bool = Field(
+        default=True, description="keep shards in out that have been sent; else only their records stay"
+    )
     device: str | None = Field(
         default=None,
         description="cpu, cuda, cuda:1, …; by default where the model loads, under torchrun the rank's GPU",
+    )
+    device_map: str | None = Field(
+        default=None, description="as in transformers, such as auto: layers on all GPUs of this process, then the CPU"
+    )
+    tensor_parallel: bool = Field(
+        default=False, description="the processes of this torchrun hold one model together, each a part of every weight"
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the model; by default the checkpoint's"
     )
     text: CaptureText = CaptureText()
     store: CaptureOptions = CaptureOptions()
+
+    @model_validator(mode="after")
+    def _held_one_way(self) -> "CaptureConfig":
+        if self.tensor_parallel and (self.device is not None or self.device_map is not None):
+            raise ValueError("tensor_parallel puts each part where it belongs: leave device and device_map out")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_somewhere(self) -> "CaptureConfig":
+        if not self.keep_local and self.send_to is None:
+            raise ValueError("keep_local is off and send_to is not given: the shards would be kept nowhere")
+        return self
 
     @field_validator("sites")
     @classmethod
@@ -116,20 +147,30 @@ def main(argv: list[str]) -> int:
         return refuse(describe_faults(err, CaptureConfig))
     except ConfigError as err:
         return refuse(str(err))
+    return _run(cfg, line)
+
+
+def _run(cfg: CaptureConfig, line: CaptureLine) -> int:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     # One of several may come first: whoever it is begins the store, the others join it.
     resume = line.resume or world > 1
+    if cfg.send_to is not None and rank == 0:
+        from interp.data.remote import check_destination
+
+        check_destination(cfg.out, cfg.send_to)
     hm, tokens = _opened(cfg, resume=resume, loud=rank == 0)
     if line.dry_run:
         return _estimated(cfg, hm, tokens, as_json=line.json_output)
-    report, signal = _captured(cfg, hm, tokens, resume=resume, loud=rank == 0)
-    if report.status == "stopped":
+    report, told, signal = _captured(cfg, hm, tokens, resume=resume, loud=rank == 0)
+    stopped = report.status == "stopped" or (told is not None and told.status == "stopped")
+    if stopped:
         way_on = f"`interp capture --resume --out {shlex.quote(cfg.out)}`"
-        tell(f"stopped by {signal}; whole shards are kept, {way_on} goes on")
+        sends = "" if cfg.send_to is None else ", and sends what is left"
+        tell(f"stopped by {signal}; whole shards are kept, {way_on} goes on{sends}")
     if rank == 0:
-        said = _record(report)
-        sys.stdout.write(f"{json.dumps(said, indent=1) if line.json_output else _summary(report)}\n")
-    return _STOPPED if report.status == "stopped" else 0
+        said = _record(report, told)
+        sys.stdout.write(f"{json.dumps(said, indent=1) if line.json_output else _summary(cfg, report, told)}\n")
+    return _STOPPED if stopped else 0
 
 
 def _given(path: str | None, words: list[str]) -> dict[str, Any]:
@@ -148,12 +189,13 @@ def _opened(cfg: CaptureConfig, *, resume: bool, loud: bool) -> tuple["HookManag
     from interp.data.tune import fastest_rows
     from interp.train.text import token_source
 
-    device = cfg.device
-    if device is None and "LOCAL_RANK" in os.environ:
+    device, split = cfg.device, cfg.tensor_parallel
+    if device is None and "LOCAL_RANK" in os.environ and not split and cfg.device_map is None:
         import torch
 
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
-    hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=device)
+    how = {"tp_plan": "auto"} if split else None
+    hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=device, device_map=cfg.device_map, model_kwargs=how)
 
     def source(rows: int) -> "TokenSource":
         text = TextOptions.model_validate({**cfg.text.model_dump(exclude={"part"}), "rows": rows})
@@ -163,6 +205,9 @@ def _opened(cfg: CaptureConfig, *, resume: bool, loud: bool) -> tuple["HookManag
         return hm, source(cfg.text.rows)
     if resume and (Path(cfg.out) / MANIFEST).is_file():
         return hm, source(Manifest.read(Path(cfg.out)).text.rows)
+    if split:
+        # Each process would find another number, and they would wait for each other for ever.
+        return hm, source(max(1, _SPLIT_TOKENS // cfg.text.ctx))
     rows = fastest_rows(hm, source(1), cfg.sites)
     if loud:
         tell(f"{rows} rows of {cfg.text.ctx} tokens per forward are the fastest here")
@@ -171,31 +216,92 @@ def _opened(cfg: CaptureConfig, *, resume: bool, loud: bool) -> tuple["HookManag
 
 def _captured(
     cfg: CaptureConfig, hm: "HookManager", tokens: "TokenSource", *, resume: bool, loud: bool
-) -> tuple["Captured", str | None]:
+) -> tuple["Captured", "Uploaded | None", str | None]:
     from interp.data.capture import capture, plan_capture
     from interp.train.signals import StopSignals
 
     names: list[str] = []
-    out = Path(cfg.out)
-    if loud and not (out.is_dir() and any(out.iterdir())) and not out.is_file():
-        # As soon as nothing is wrong with them, so that `--resume --out` knows them however this ends.
-        plan_capture(hm, tokens, list(cfg.sites), cfg.store)
-        _write_settings(cfg)
-    with StopSignals(names.append, save=names.append) as stop:
-        report = capture(
-            hm,
-            tokens,
-            list(cfg.sites),
-            cfg.out,
-            cfg.store,
-            resume=resume,
-            # A cluster's warning (SIGUSR1) is a reason to stop too: every whole shard is a checkpoint.
-            should_stop=lambda: stop() or bool(names),
-            progress=loud,
-        )
     if loud:
+        _begun(cfg, hm, tokens)
+    elif cfg.tensor_parallel:
+        plan_capture(hm, tokens, list(cfg.sites), cfg.store)  # as the first process does: weights are read together
+    with StopSignals(names.append, save=names.append) as stop:
+        # A cluster's warning (SIGUSR1) is a reason to stop too: every whole shard is a checkpoint.
+        sending = _Sending(cfg if loud else None, lambda: stop() or bool(names))
+        with sending:
+            report = capture(
+                hm,
+                tokens,
+                list(cfg.sites),
+                cfg.out,
+                cfg.store,
+                resume=resume,
+                should_stop=sending.should_stop,
+                progress=loud,
+            )
+        if loud:
+            _write_settings(cfg)
+        told = sending.ended(report)
+    return report, told, names[0] if names else None
+
+
+def _begun(cfg: CaptureConfig, hm: "HookManager", tokens: "TokenSource") -> None:
+    """Settings, as soon as nothing is wrong with them, so that `--resume --out` knows them however this ends."""
+    from interp.data.capture import plan_capture
+    from interp.data.manifest import MANIFEST, Manifest
+
+    out = Path(cfg.out)
+    new = not (out.is_dir() and any(out.iterdir())) and not out.is_file()
+    plan = plan_capture(hm, tokens, list(cfg.sites), cfg.store) if new or cfg.tensor_parallel else None
+    if cfg.send_to is not None and (new or (out / MANIFEST).is_file()):
+        from interp.data.remote import check_destination
+
+        check_destination(out, cfg.send_to, Manifest.read(out) if plan is None else plan.manifest)
+    if new:
         _write_settings(cfg)
-    return report, names[0] if names else None
+
+
+class _Sending:
+    """What is sent while a capture runs, if anything is to be."""
+
+    def __init__(self, cfg: CaptureConfig | None, stop: Callable[[], bool]) -> None:
+        self.stop, self.said = stop, False
+        self.url, self.keep = (None, True) if cfg is None else (cfg.send_to, cfg.keep_local)
+        self.out = "" if cfg is None else cfg.out
+        self.uploader: Uploader | None = None
+
+    def __enter__(self) -> "_Sending":
+        if self.url is not None:
+            from interp.data.remote import Uploader
+
+            self.uploader = Uploader(self.out, self.url, keep_local=self.keep)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self.uploader is not None:
+            with suppress(Exception):  # the capture's own error is the one to be heard
+                self.uploader.drop()
+
+    def should_stop(self) -> bool:
+        """Whether the capture should end: also when what it makes cannot be sent, and is not to stay here."""
+        fault = None if self.uploader is None else self.uploader.fault
+        if fault is not None and not self.said:
+            self.said = True
+            tell(f"sending has failed; {'the capture goes on' if self.keep else 'the capture ends'}: {fault}")
+        return self.stop() or (fault is not None and not self.keep)
+
+    def ended(self, report: "Captured") -> "Uploaded | None":
+        """Send what is left, unless a signal says to stop."""
+        if self.uploader is None:
+            return None
+        try:
+            if report.status == "stopped":
+                return self.uploader.drop()
+            return self.uploader.finish(should_stop=self.stop, progress=True)
+        except ArtifactError as err:
+            state = "all of the store is" if report.status == "complete" else "whole shards are"
+            way_on = f"`interp capture --resume --out {shlex.quote(self.out)}` sends the rest"
+            raise ArtifactError(f"{err}; {state} in {self.out}, and {way_on}") from err
 
 
 def _write_settings(cfg: CaptureConfig) -> None:
@@ -259,7 +365,7 @@ def _there(path: Path) -> Path:
     return next(p for p in [path.absolute(), *path.absolute().parents] if p.exists())
 
 
-def _record(report: "Captured") -> dict[str, Any]:
+def _record(report: "Captured", told: "Uploaded | None") -> dict[str, Any]:
     return {
         "out": str(report.folder),
         "status": report.status,
@@ -269,13 +375,21 @@ def _record(report: "Captured") -> dict[str, Any]:
         "seconds": report.seconds,
         "tokens_per_s": report.tokens / max(report.seconds, 1e-9),
         "busy": report.busy,
+        "sent": None if told is None else asdict(told),
     }
 
 
-def _summary(report: "Captured") -> str:
+def _summary(cfg: CaptureConfig, report: "Captured", told: "Uploaded | None") -> str:
     speed, size = report.tokens / max(report.seconds, 1e-9), report.bytes / 1e9
     share = ", ".join(f"{name} {value:.0%}" for name, value in report.busy.items())
-    return (
-        f"{report.tokens:,} tokens ({size:.2f} GB) in {report.seconds:.1f} s: {speed:,.0f} tokens/s; busy: {share}\n"
-        f"{report.folder}: interp.ActivationStore.open({str(report.folder)!r})"
-    )
+    out, took = str(report.folder), f"in {report.seconds:.1f} s: {speed:,.0f} tokens/s; busy: {share}"
+    lines = [f"{report.tokens:,} tokens ({size:.2f} GB) {took}"]
+    if cfg.keep_local:
+        lines.append(f"{out}: interp.ActivationStore.open({out!r})")
+    if told is not None:
+        lines.append(told.summary())
+        if told.status in ("partial", "others"):
+            lines[-1] += f"; `interp store send {shlex.quote(out)} {shlex.quote(told.url)}` sends what is left, if any"
+        elif told.status == "complete":
+            lines.append(f"{told.url}: interp.data.remote.open_remote({told.url!r}, CACHE)")
+    return "\n".join(lines)

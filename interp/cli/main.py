@@ -21,7 +21,7 @@ VERBS = {
     "eval": Verb("interp.cli.evaluate", "measure a trained dictionary on held-out text, beside a PCA of the same size"),
     "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
-    "store": Verb("interp.cli.store", "what a folder of captured activations holds; verify it, repair it"),
+    "store": Verb("interp.cli.store", "what a store of activations holds; verify it, repair it, send it elsewhere"),
     "testbed": Verb("interp.cli.testbed", "the small world and its models: describe, sample, tasks, card, rebuild"),
     "train": Verb("interp.cli.train", "train a sparse dictionary on a site of a model"),
 }

@@ -1,18 +1,19 @@
 """Checks of a model's own behaviour, made once per manager, when something first relies on it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.core.errors import DataError, ModelError
+from interp.core.errors import DataError, ModelError, SiteError
+from interp.core.plan import Plan
 from interp.core.text import Tokens
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["check_positions", "check_residual"]
+__all__ = ["check_positions", "check_residual", "processes_of", "refuse_split"]
 
 
 def _few_ids(hm: "HookManager", n: int) -> Tensor:
@@ -72,3 +73,26 @@ def check_positions(
             "use packing 'concat' or 'one_doc'"
         )
     return True
+
+
+def processes_of(model: Any) -> int:
+    """Among how many processes transformers has split a model's weights (tensor parallelism); 1 where it is whole."""
+    return int(getattr(model, "_tp_size", None) or 1)
+
+
+def refuse_split(model: Any, plan: Plan) -> None:
+    """Refuse sites of which each process of a tensor-parallel model has only its part.
+
+    Raises:
+        SiteError: names the first; says which sites are whole.
+    """
+    if (n := processes_of(model)) == 1:
+        return
+    for point in plan.points:
+        axes = point.site.axes
+        if axes[2:] not in (("d_model",), ("one",), ("d_vocab",)):
+            raise SiteError(
+                f"{point.site.short} [{' '.join(axes)}]: this model is split among {n} processes, and each has only "
+                "its part of heads, neurons and experts. Sites of the residual stream and outputs of attention and MLP "
+                "are whole; for this one load the model with device_map instead of tp_plan"
+            )

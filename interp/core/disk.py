@@ -119,8 +119,12 @@ def digest(*parts: Tensor | str) -> str:
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """The digest of a few values, evenly spread, of every weight that is not on the meta device."""
-    flats = (p.detach().flatten() for p in module.parameters() if not p.is_meta)
+    """The digest of a few values, evenly spread, of every weight that is not on the meta device.
+
+    Of a model that several processes hold together, all of them must ask.
+    """
+    wholes = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters() if not p.is_meta)
+    flats = (p.detach().flatten() for p in wholes)
     return digest(*(flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED] for flat in flats))
 
 

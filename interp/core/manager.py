@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from interp.core.attention import install_tap
-from interp.core.checks import check_positions, check_residual
+from interp.core.checks import check_positions, check_residual, refuse_split
 from interp.core.errors import DataError, ModelError
 from interp.core.generate import Generation, generate_pass
 from interp.core.inputs import Inputs, check_tokens, read_inputs
@@ -90,7 +90,8 @@ class HookManager:
             revision: branch, tag or commit.
             dtype: the checkpoint's by default.
             device, device_map: as in transformers; the CPU by default.
-            model_kwargs: further arguments of `from_pretrained`, such as {"attn_implementation": "eager"}.
+            model_kwargs: further arguments of `from_pretrained`, such as {"attn_implementation": "eager"}, or under
+                torchrun {"tp_plan": "auto"}, which splits each weight among the processes.
             trust_remote_code: run code that comes with the model; off unless you have read it.
 
         Raises:
@@ -396,6 +397,7 @@ class HookManager:
         if plain and key in self._plans:
             return self._plans[key]
         plan = Plan.make(self.atlas, read, write)
+        refuse_split(self.model, plan)
         if not self._residual_checked and not self.model.training and plan.needs_residual_identity:
             self._residual_checked = True
             try:

@@ -19,9 +19,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from interp import __version__
+from interp.core.checks import processes_of
 from interp.core.compiled import CompiledBlocks
 from interp.core.disk import weights_digest
-from interp.core.errors import ConfigError, DataError
+from interp.core.errors import ArtifactError, ConfigError, DataError
 from interp.core.metrics import loss_per_token
 from interp.core.result import Provenance
 from interp.core.run import Run
@@ -31,6 +32,7 @@ from interp.data.ahead import Ahead
 from interp.data.codec import codec_named
 from interp.data.fingerprint import text_digest, tokenizer_digest
 from interp.data.manifest import Manifest, SiteLayout, TextLayout
+from interp.data.replica import Replica
 from interp.data.store import row_sites
 from interp.data.storefolder import Claim, StoreFolder
 from interp.data.tokens import TokenBlock, TokenSource
@@ -134,6 +136,10 @@ def plan_capture(
         hm.atlas.point(site)
     if options.compile != "off" and options.gradient is not None:
         raise ConfigError(f"compile={options.compile!r} goes with no gradient yet; leave one of the two off")
+    if processes_of(hm.model) > 1 and options.gradient is not None:
+        raise ConfigError(
+            "gradients of a model that is split among processes are not kept yet; load it with device_map"
+        )
     documents, rows, first = _beginning(tokens)
     refuse_long_rows(hm, first)
     model_dtype = str(hm.dtype).removeprefix("torch.")
@@ -160,6 +166,7 @@ def plan_capture(
         dtype=options.dtype,
         gradient=options.gradient,
         compile=options.compile,
+        processes=processes_of(hm.model),
         text=layout,
     )
     if options.unit_documents is None:
@@ -207,11 +214,61 @@ def capture(
     """
     options = options or CaptureOptions()
     plan = plan_capture(hm, tokens, sites, options)
+    replica = Replica.of(hm)
+    if replica is not None and not replica.leads:
+        return _run_along(hm, replica, plan.manifest, Path(folder))
     store = StoreFolder(Path(folder))
     manifest = store.begin(plan.manifest, resume=resume, free_unit=options.unit_documents is None)
     store.wants(options.max_tokens)
-    with _Job(hm, tokens, manifest, store, options, should_stop or _never, progress) as job:
-        return job.run()
+    ended: Captured | None = None
+    try:
+        with _Job(hm, tokens, manifest, store, options, should_stop or _never, progress, replica) as job:
+            ended = job.run()
+    finally:
+        if replica is not None:
+            replica.lead(None, ended)
+    return ended
+
+
+def _run_along(hm: "HookManager", replica: Replica, manifest: Manifest, folder: Path) -> Captured:
+    """Make the forwards that another process of the same model asks for; what comes of them is for it to keep."""
+    forwards = _Forwards(hm, manifest)
+    while True:
+        block, ended = replica.follow()
+        if block is None:
+            break
+        forwards.run(block)
+    if ended is None:
+        raise ArtifactError(f"the process that writes {folder} has failed; its own error says why")
+    found: Captured = ended
+    return found
+
+
+class _Forwards:
+    """The model at work: one forward per block of tokens."""
+
+    def __init__(self, hm: "HookManager", manifest: Manifest) -> None:
+        self.hm, self.manifest = hm, manifest
+        self.sites = [Site(site.name) for site in manifest.sites]
+        self.blocks = None if manifest.compile == "off" else CompiledBlocks(hm, self.sites, manifest.compile)
+        self.fitting: int | None = None  # rows that memory holds, where that is fewer than the layout's
+        self.notes: list[str] = []  # what there is to say of it
+
+    def run(self, block: TokenBlock) -> Run:
+        """Run the model on some tokens, and read."""
+        if self.manifest.gradient is not None:
+            return self.hm.run(block.inputs, read=self.sites, grad=partial(_text_loss, real=block.mask))
+        # The last rows of a unit are fewer, and some are padded: they run as they are.
+        layout = self.manifest.text
+        whole = bool(block.mask.all()) and block.ids.shape == (layout.rows, layout.ctx) and self.fitting is None
+        with self.blocks.active() if self.blocks is not None and whole else nullcontext():
+            run = self.hm.run(block.inputs, read=self.sites, logits="none", batch_size=self.fitting)
+        split = next((note for note in run.notes if note.startswith("out of memory")), None)
+        if split is not None:
+            # From here on, parts that memory holds.
+            self.fitting = max(1, (self.fitting or layout.rows) // 2)
+            self.notes.append(f"{split}; fewer --text.rows would be faster")
+        return run
 
 
 class _Job:
@@ -226,15 +283,14 @@ class _Job:
         options: CaptureOptions,
         should_stop: Callable[[], bool],
         progress: bool,
+        replica: Replica | None,
     ) -> None:
-        self.hm, self.tokens, self.manifest, self.store, self.options = hm, tokens, manifest, store, options
-        self.should_stop, self.sites = should_stop, [Site(site.name) for site in manifest.sites]
+        self.tokens, self.manifest, self.store, self.options = tokens, manifest, store, options
+        self.should_stop, self.replica = should_stop, replica
+        self.forwards = _Forwards(hm, manifest)
         self.codec = codec_named(manifest.dtype)
         self.codecs = {(part, site.name): self.codec for part in manifest.parts for site in manifest.sites}
-        mode = manifest.compile
-        self.blocks = None if mode == "off" else CompiledBlocks(hm, self.sites, mode)
         self.text_seconds = self.model_seconds = 0.0
-        self.fitting: int | None = None  # rows that memory holds, where that is fewer than the layout's
         self.claimed: list[Claim] = []  # those whose unit is not whole, should this end before
         self.bar = tqdm(
             total=options.max_tokens,
@@ -320,30 +376,21 @@ class _Job:
 
     def _captured(self, block: TokenBlock) -> tuple[dict[str, Tensor], dict[tuple[str, str], Tensor]]:
         """What a forward gives at the tokens that are no pads."""
+        if self.replica is not None:
+            self.replica.lead(block)
+        run = self.forwards.run(block)
+        while self.forwards.notes:
+            self.bar.write(self.forwards.notes.pop(), file=sys.stderr)
         keep = block.mask.flatten().nonzero()[:, 0]
-        if self.manifest.gradient is None:
-            # The last rows of a unit are fewer, and some are padded: they run as they are.
-            whole = len(keep) == self.manifest.text.rows * self.manifest.text.ctx and self.fitting is None
-            with self.blocks.active() if self.blocks is not None and whole else nullcontext():
-                run = self.hm.run(block.inputs, read=self.sites, logits="none", batch_size=self.fitting)
-            self._note_memory(run.notes)
-        else:
-            run = self.hm.run(block.inputs, read=self.sites, grad=partial(_text_loss, real=block.mask))
         values = {}
-        for site in self.sites:
+        for site in self.forwards.sites:
             for part in self.manifest.parts:
                 x = run[site.name] if part == "values" else run.grad[site.name]
+                # Each on the device of its layer.
                 rows = x.detach().flatten(0, 1).index_select(0, keep.to(x.device, non_blocking=True)).flatten(1)
                 values[part, site.name] = rows if self.codec.scale else rows.to(self.codec.dtype)
         columns = {"ids": block.ids, "document": block.doc, "position": block.pos, "special": block.special}
         return {name: column.flatten()[keep] for name, column in columns.items()}, values
-
-    def _note_memory(self, notes: Sequence[str]) -> None:
-        """Keep to parts that memory holds once a forward has been split."""
-        split = next((note for note in notes if note.startswith("out of memory")), None)
-        if split is not None:
-            self.fitting = max(1, (self.fitting or self.manifest.text.rows) // 2)
-            self.bar.write(f"{split}; fewer --text.rows would be faster", file=sys.stderr)
 
     def _busy(self, seconds: float) -> dict[str, float]:
         """The share of so many seconds in which each stage was at work."""

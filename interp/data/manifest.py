@@ -76,6 +76,7 @@ class Manifest(Settings):
     sites: tuple[SiteLayout, ...] = Field(description="what was read, in order")
     dtype: str = Field(description="in which activations are kept")
     gradient: str | None = Field(default=None, description="the loss whose gradients lie beside the activations")
+    processes: int = Field(default=1, description="that ran the model together (tensor parallelism)")
     compile: str = Field(default="off", description="torch.compile's mode for the model's blocks")
     text: TextLayout
 

@@ -7,9 +7,10 @@ last: a shard without a record is not there, so a reader never sees half of one.
 import functools
 import math
 import threading
+import uuid
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,20 +20,16 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
-from interp.core.errors import ArtifactError
+from interp.core.errors import ArtifactError, ConfigError
+from interp.data.ahead import Ahead
 from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest, read_complete
-from interp.data.remotefolder import (
-    RemoteFolder,
-    ShardCache,
-    checked_record,
-    refuse_other,
-)
+from interp.data.remotefolder import RemoteFolder, ShardCache, checked_record, lock, refuse_other
 from interp.data.shard import RECORD, Shard, checksum, record_bytes, shard_name
 from interp.data.store import Rows, StreamState, check_sizes
 from interp.data.stored import BLOCK, StoredActivations
 from interp.data.storefolder import StoreFolder
 
-__all__ = ["RemoteStore", "Uploaded", "Uploader", "open_remote", "upload_store"]
+__all__ = ["RemoteStore", "Uploaded", "Uploader", "check_destination", "open_remote", "upload_store"]
 
 _LOOK = 0.5  # seconds between two looks for shards that have become whole
 _CACHE_BYTES = 10 * 2**30
@@ -44,17 +41,27 @@ class Uploaded:
 
     Attributes:
         url: where it lies.
-        status: "complete", or "partial" while it is still being captured, or "stopped" when it was asked to.
+        status: "complete", "partial" while it is still being captured, "stopped" when it was asked to, or "others"
+            when another process is sending it.
         shards: sent by this call.
         bytes: of them.
         there: shards that were there already.
     """
 
     url: str
-    status: Literal["complete", "partial", "stopped"]
+    status: Literal["complete", "partial", "stopped", "others"]
     shards: int = 0
     bytes: int = 0
     there: int = 0
+
+    def summary(self) -> str:
+        """In one line."""
+        if self.status == "others":
+            return f"{self.url}: another process is sending"
+        state = {"complete": "all of the store is there", "partial": "the store is not complete yet"}
+        there = f", {self.there:,} were there" if self.there else ""
+        said = state.get(self.status, "stopped; the rest is still to be sent")
+        return f"{self.url}: sent {self.shards:,} shards ({self.bytes / 1e9:.2f} GB){there}; {said}"
 
 
 class _Upload:
@@ -62,6 +69,7 @@ class _Upload:
 
     def __init__(self, folder: Path, url: str, *, keep_local: bool = True) -> None:
         self.folder, self.keep_local, self.remote = folder, keep_local, RemoteFolder(url)
+        _refuse_itself(folder, self.remote)
         self.store, self.done = StoreFolder(folder), set[int]()
         self.told = Uploaded(self.remote.url, "partial")
         self._there: dict[int, bytes] = {}
@@ -69,14 +77,8 @@ class _Upload:
     def begin(self) -> None:
         """Send the manifest, or check the one that is there; then see which shards are."""
         self.manifest = Manifest.read(self.folder)
-        raw = self.remote.read(MANIFEST)
-        if raw is None:
-            if held := self.remote.names():
-                raise ArtifactError(f"{self.remote.url} holds {', '.join(held[:4])}, which is no store; choose another")
+        if not _refuse_others(self.remote, self.manifest, self.folder):
             self.remote.write((self.folder / MANIFEST).read_bytes(), MANIFEST)
-        else:
-            there = Manifest.parse(raw, f"{self.remote.url}: {MANIFEST}")
-            refuse_other(there, self.manifest, f"the store at {self.remote.url}", str(self.folder))
         self._there = dict(self.remote.records(self.remote.whole()))
 
     def pending(self) -> list[int]:
@@ -102,8 +104,8 @@ class _Upload:
                 self._there.update(self.remote.records([number] if number in self.remote.whole() else []))
                 if not self._is_there(number, record):
                     raise ArtifactError(
-                        f"{err.filename} is missing, and {self.remote.url} lacks this shard; `interp store repair` "
-                        "drops it, and `interp capture --resume` makes it again"
+                        f"{err.filename} is missing, and {self.remote.url} lacks this shard; remove {place}, and "
+                        "`interp capture --resume` makes it again"
                     ) from err
             else:
                 self.remote.write(text, SHARDS, name, RECORD)
@@ -138,6 +140,8 @@ class _Upload:
 
     def _strip(self, place: Path, name: str, record: Mapping[str, Any]) -> None:
         """Remove a shard's files here, once they are known to be there; its record stays, so that it counts as made."""
+        if not any((place / file).exists() for file in record["files"]):
+            return  # they were, at an earlier time
         for file, held in record["files"].items():
             size = self.remote.tried(functools.partial(self.remote.size, SHARDS, name, file), "be looked at")
             if size != held["bytes"]:
@@ -147,6 +151,52 @@ class _Upload:
                 )
         for file in record["files"]:
             (place / file).unlink(missing_ok=True)
+
+
+def check_destination(folder: str | Path, url: str | Path, manifest: Manifest | None = None) -> str:
+    """Refuse a URL that a store could not be sent to, before there is any; a small file is written there and removed.
+
+    Args:
+        folder: where the store is, or will be.
+        url: as for `upload_store`.
+        manifest: what the store will be, as far as that is known.
+
+    Returns:
+        The URL in full.
+
+    Raises:
+        ArtifactError: it cannot be reached, or written, or holds something else.
+        ConfigError: its file system is not known, or needs a package; or it is the folder itself.
+    """
+    remote = RemoteFolder(str(url))
+    _refuse_itself(Path(folder), remote)
+    _refuse_others(remote, manifest, Path(folder))
+    name, made, path = f".{uuid.uuid4().hex}.tmp", list[str](), remote.root
+    while path and not remote.objects and not remote.tried(functools.partial(remote.fs.exists, path), "be looked at"):
+        made.append(path)
+        path = path.rpartition("/")[0]
+    remote.write(b"", name)
+    remote.remove(name)
+    for made_here in made:
+        with suppress(OSError):  # somebody may have put something there
+            remote.fs.rmdir(made_here)
+    return remote.url
+
+
+def _refuse_itself(folder: Path, remote: RemoteFolder) -> None:
+    here, there = folder.absolute(), Path(remote.root)
+    if remote.url.startswith("file:") and (here == there or here in there.parents or there in here.parents):
+        raise ConfigError(f"{remote.url} and {folder} lie in each other; send the store to a folder of its own")
+
+
+def _refuse_others(remote: RemoteFolder, manifest: Manifest | None, folder: Path) -> bool:
+    """Refuse a place that holds something else than this store; tells whether it holds it."""
+    there = remote.manifest()
+    if there is None and (held := remote.names()):
+        raise ArtifactError(f"{remote.url} holds {', '.join(held[:4])}, which is no store; choose another")
+    if there is not None and manifest is not None:
+        refuse_other(there, manifest, f"the store at {remote.url}", str(folder))
+    return there is not None
 
 
 def upload_store(
@@ -194,6 +244,9 @@ class Uploader:
         with Uploader("store", "s3://bucket/store", keep_local=False):
             capture(hm, tokens, sites, "store")
 
+    Of several processes on a machine or a shared disk that have one for a folder, one at a time sends, by a lock; when
+    it ends, another goes on.
+
     Args:
         folder: the store; it need not be begun yet.
         url: as for `upload_store`.
@@ -212,22 +265,37 @@ class Uploader:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def finish(self) -> Uploaded:
+    @property
+    def fault(self) -> BaseException | None:
+        """What ended the sending before its time; `finish` raises it."""
+        return self._fault
+
+    def finish(self, *, should_stop: Callable[[], bool] | None = None, progress: bool = False) -> Uploaded:
         """Wait until all that is whole has been sent; call it when the capture has ended.
+
+        Args:
+            should_stop: asked now and then; when it says True, sending ends after the shard that is under way.
+            progress: show a progress bar on stderr.
 
         Raises:
             ArtifactError: what `upload_store` would raise.
         """
         self._finishing.set()
-        self._thread.join()
+        waiting = len(self._upload.pending()) if progress else 0
+        with tqdm(total=waiting, unit="shard", desc="sending", disable=not waiting) as bar:
+            while self._thread.is_alive():
+                self._thread.join(_LOOK)
+                bar.update(waiting - len(self._upload.pending()) - bar.n if waiting else 0)
+                if should_stop is not None and should_stop():
+                    self._dropped.set()
         if self._fault is not None:
             raise self._fault
         return self._upload.told
 
-    def drop(self) -> None:
+    def drop(self) -> Uploaded:
         """End after the shard that is under way; what else is whole stays to be sent by another call."""
         self._dropped.set()
-        self.finish()
+        return self.finish()
 
     def __enter__(self) -> "Uploader":
         return self
@@ -241,25 +309,36 @@ class Uploader:
         self._thread.join()
 
     def _run(self) -> None:
+        folder = self._upload.folder
         try:
-            while not (self._upload.folder / MANIFEST).is_file() and not self._finishing.wait(_LOOK):
+            while not (folder / MANIFEST).is_file() and not self._finishing.wait(_LOOK):
                 pass
             if self._dropped.is_set():
                 return
-            self._upload.begin()
-            while True:
-                last = self._finishing.is_set()  # asked before the look, or a shard could become whole in between
-                for number in self._upload.pending():
-                    if self._dropped.is_set():
-                        self._upload.told = replace(self._upload.told, status="stopped")
+            Manifest.read(folder)  # or says that there is none
+            (folder / "locks").mkdir(exist_ok=True)
+            with (folder / "locks" / "sender").open("ab") as held:
+                while not lock(held, wait=False):
+                    if self._finishing.wait(_LOOK):
+                        self._upload.told = replace(self._upload.told, status="others")
                         return
-                    self._upload.send(number)
-                if last:
-                    break
-                self._finishing.wait(_LOOK)
-            self._upload.close()
+                self._send()
         except BaseException as err:  # noqa: BLE001 - it is raised where the upload is waited for
             self._fault = err
+
+    def _send(self) -> None:
+        self._upload.begin()
+        while True:
+            last = self._finishing.is_set()  # asked before the look, or a shard could become whole in between
+            for number in self._upload.pending():
+                if self._dropped.is_set():
+                    self._upload.told = replace(self._upload.told, status="stopped")
+                    return
+                self._upload.send(number)
+            if last:
+                break
+            self._finishing.wait(_LOOK)
+        self._upload.close()
 
 
 class RemoteStore(StoredActivations):
@@ -269,6 +348,8 @@ class RemoteStore(StoredActivations):
         url: where it lies.
         pin: gather batches in pinned memory, as in `StoredActivations`; may be set at any time.
     """
+
+    _reading: "_Reading | None" = None
 
     def __init__(
         self,
@@ -313,6 +394,10 @@ class RemoteStore(StoredActivations):
         with self._cache.wanting(wanted):
             return super().gather(index)
 
+    def remove_cache(self) -> None:
+        """Remove the cache's folder, when nothing is to be read any more."""
+        self._cache.clear()
+
     def describe(self) -> dict[str, object]:
         """What was decided about tokens and shuffling, for a run's record."""
         return {**super().describe(), "store": self.url}
@@ -332,11 +417,16 @@ class RemoteStore(StoredActivations):
         self._cache.shards[number] = shard
         return shard
 
+    def _window(self, now: Sequence[int], following: Sequence[int]) -> None:
+        if self._reading is None:  # of the copy that a stream has: it goes when the stream is let go
+            self._reading = _Reading(self._cache)
+        self._reading.at(now, following)
+
     def _stream(self, should_stop: Callable[[], bool], state: StreamState | None) -> Any:
         # A shard with b of B blocks is in a window of w blocks with probability 1 − (1 − b/B)^w, about.
         blocks = torch.tensor([math.ceil(shard.rows / BLOCK) for shard in self.shards], dtype=torch.double)
         sizes = torch.tensor([record_bytes(shard.record) for shard in self.shards], dtype=torch.double)
-        window = max(1, self.buffer_tokens // BLOCK)
+        window = 2 * max(1, self.buffer_tokens // BLOCK)  # batches hold rows left of the window before, too
         need = float((sizes * (1 - (1 - blocks / blocks.sum()) ** window)).sum())
         if need > self._cache.limit:
             warnings.warn(
@@ -346,6 +436,18 @@ class RemoteStore(StoredActivations):
                 stacklevel=3,
             )
         return super()._stream(should_stop, state)
+
+
+class _Reading:
+    """Where a stream is: while a window of it is served, a thread fetches what that lacks, then what the next needs."""
+
+    def __init__(self, cache: ShardCache) -> None:
+        self.cache = cache
+        self.ahead: Ahead[int] | None = None
+
+    def at(self, now: Sequence[int], following: Sequence[int]) -> None:
+        # The thread must not hold this, or it would never be let go; the one before ends after the shard it is at.
+        self.ahead = Ahead(self.cache.ahead(self, now, following), len(now) + len(following) + 1)
 
 
 def open_remote(
@@ -362,9 +464,10 @@ def open_remote(
     """Open a store on another file system; batches are those of the same store on a disk, to the bit.
 
     The records of all shards are fetched at once, a shard when a row of it is first looked at: whole, checked against
-    its checksums, and kept until others need its place. Shards of a shuffled window should fit in the cache together;
-    where they do not, a warning says so. What is mapped stays readable after it was removed from the cache, and takes
-    room until it is let go.
+    its checksums, and kept until others need its place. While a shuffled window is served, a thread fetches the shards
+    of the next, one at a time, as far as the cache has room: shards of two windows should fit in it together, as rows
+    are left of one for the next, and of three to read ahead; less than two is warned of. What is mapped stays readable
+    after it was removed from the cache, and takes room until it is let go.
 
     Args:
         url: where `upload_store` or `Uploader` has sent it; may be still being written.

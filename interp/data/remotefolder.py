@@ -13,27 +13,30 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
-from interp.core.disk import appear, atomic_write, clear_drafts, write_json
-from interp.core.errors import ArtifactError, ConfigError
+from interp.core.disk import atomic_write, write_json
+from interp.core.errors import ArtifactError, ConfigError, InterpError
 from interp.data.codec import codec_named
 from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest, parse_complete
 from interp.data.shard import COLUMNS, RECORD, Shard, checksum, file_name, parse_record, record_bytes, shard_name
 
-__all__ = ["RemoteFolder", "ShardCache", "checked_record", "refuse_other"]
+__all__ = ["RemoteFolder", "ShardCache", "checked_record", "lock", "refuse_other"]
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 _ATTEMPTS, _WAIT = 5, 1.0  # how often a transfer is tried, and seconds before the second time; doubled each time
 _TOGETHER = 256  # records that are asked for at once
-_MARK, _RECORDS = "remote.json", "records"
+_PAUSE = 0.05  # seconds between two looks for room that others are about to fill
+_MARK, _RECORDS, _LOCKS = "remote.json", "records", "locks"
 # Errors that do not pass by themselves.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 # File systems where what is written appears at once, or not at all; elsewhere it is written beside its place.
 _OBJECTS = {"abfs", "abfss", "adl", "az", "gcs", "gs", "memory", "oss", "r2", "s3", "s3a"}
 
@@ -54,41 +57,38 @@ class RemoteFolder:
         self.root = root.rstrip("/")
         self.url = str(self.fs.unstrip_protocol(self.root))
         known = self.fs.protocol
-        self._objects = bool(_OBJECTS & ({known} if isinstance(known, str) else set(known)))
+        self.objects = bool(_OBJECTS & ({known} if isinstance(known, str) else set(known)))
 
     def path(self, *parts: str) -> str:
         """Where something of the folder lies."""
         return "/".join((self.root, *parts))
 
     def names(self) -> list[str]:
-        """What lies in the folder itself."""
+        """What lies in the folder itself; drafts of somebody who was killed do not count."""
 
         def look() -> list[str]:
             self.fs.invalidate_cache()
-            try:
-                return [str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
-            except FileNotFoundError:
-                return []
+            return [str(path).rstrip("/").rpartition("/")[2] for path in self.fs.ls(self.root, detail=False)]
 
-        return self.tried(look, "be listed")
+        found = self.tried(look, "be listed", [])
+        return [name for name in found if not (name.startswith(".") and name.endswith(".tmp"))]
+
+    def manifest(self) -> Manifest | None:
+        """What kind of store lies here; None where none does."""
+        raw = self.read(MANIFEST)
+        return None if raw is None else Manifest.parse(raw, f"{self.url}: {MANIFEST}")
 
     def read(self, *parts: str) -> bytes | None:
         """A small file's content; None where there is no such file."""
-
-        def look() -> bytes | None:
-            try:
-                return bytes(self.fs.cat_file(self.path(*parts)))
-            except FileNotFoundError:
-                return None
-
-        return self.tried(look, f"be read ({'/'.join(parts)})")
+        place = self.path(*parts)
+        return self.tried(lambda: bytes(self.fs.cat_file(place)), f"be read ({'/'.join(parts)})", None)
 
     def write(self, data: bytes, *parts: str) -> None:
         """Write a small file, which is there whole or not at all."""
         place = self.path(*parts)
 
         def put() -> None:
-            if self._objects:
+            if self.objects:
                 self.fs.pipe_file(place, data)
                 return
             folder, _, name = place.rpartition("/")
@@ -104,7 +104,7 @@ class RemoteFolder:
         place = self.path(*parts)
 
         def put() -> None:
-            if not self._objects:
+            if not self.objects:
                 self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
             self.fs.put_file(str(local), place)
             self.fs.invalidate_cache(place.rpartition("/")[0])
@@ -128,16 +128,13 @@ class RemoteFolder:
         """The numbers of the shards that have a record there; other names are none of ours."""
         prefix = self.path(SHARDS) + "/"
 
-        def look() -> list[int]:
+        def look() -> list[str]:
             self.fs.invalidate_cache()
-            try:
-                paths = [str(path).removeprefix(prefix) for path in self.fs.find(self.path(SHARDS))]
-            except FileNotFoundError:
-                return []
-            found = [match for path in paths if (match := re.fullmatch(rf"([0-9]{{6,}})/{re.escape(RECORD)}", path))]
-            return sorted(int(match[1]) for match in found if shard_name(int(match[1])) == match[1])
+            return [str(path).removeprefix(prefix) for path in self.fs.find(self.path(SHARDS))]
 
-        return self.tried(look, "be listed")
+        paths = self.tried(look, "be listed", [])
+        found = [match for path in paths if (match := re.fullmatch(rf"([0-9]{{6,}})/{re.escape(RECORD)}", path))]
+        return sorted(int(match[1]) for match in found if shard_name(int(match[1])) == match[1])
 
     def records(self, numbers: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         """The records of some shards, many at once."""
@@ -147,16 +144,18 @@ class RemoteFolder:
             held = self.tried(functools.partial(self.fs.cat, asked), "be read (records of shards)")
             yield from ((number, bytes(held[path])) for number, path in paths.items())
 
-    def tried(self, work: Callable[[], _T], what: str) -> _T:
-        """Do something that may fail in passing, a few times."""
+    def tried(self, work: Callable[[], _T], what: str, *absent: _S) -> _T | _S:
+        """Do something that may fail in passing, a few times; gives `absent`, if any, where there is no such file."""
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(_WAIT * 2 ** (attempt - 1))
             try:
                 return work()
-            except OSError as err:
+            except Exception as err:  # noqa: BLE001 - drivers have errors of their own, of no common kind
                 fault = err
-                if isinstance(err, _LASTING):
+                if absent and isinstance(err, FileNotFoundError):
+                    return absent[0]
+                if isinstance(err, _LASTING) or "Credentials" in type(err).__name__:
                     break
         raise ArtifactError(
             f"{self.url} cannot {what}: {type(fault).__name__} {fault}; check the URL, your rights and the network, "
@@ -168,7 +167,8 @@ class ShardCache:
     """The shards of a store that are on the disk now: at most so many bytes, in use by any number of processes.
 
     What is where is read off the folder itself, under a lock that all its users take; a shard's time of change says
-    when it was last used.
+    when it was last used. A shard on its way takes room from the start, and has a lock of its own while it is fetched:
+    so none comes twice, and what a dead process has left is known as such.
     """
 
     def __init__(self, remote: RemoteFolder, folder: Path, limit: int) -> None:
@@ -178,7 +178,9 @@ class ShardCache:
         self.fetched = 0
         self._seen: set[int] = set()
         self._wanted: list[frozenset[int]] = []
-        self._one = threading.Lock()
+        self._windows: weakref.WeakKeyDictionary[object, tuple[frozenset[int], ...]] = weakref.WeakKeyDictionary()
+        self._one, self._turn = threading.Lock(), threading.Lock()
+        self._fetching: dict[int, threading.Lock] = {}
 
     def begin(self) -> None:
         """Make the folder, or see that it is this store's cache; fetch the manifest."""
@@ -193,14 +195,14 @@ class ShardCache:
                 raise ArtifactError(f"{self.folder} is the cache of {was}, not of {self.remote.url}; choose another")
         raw = self.remote.read(MANIFEST)
         if raw is None:
-            raise ArtifactError(f"{self.remote.url} holds no {MANIFEST}; `interp.data.remote.upload_store` sends one")
+            raise ArtifactError(f"{self.remote.url} holds no {MANIFEST}; `interp store send FOLDER URL` sends one")
         now = Manifest.parse(raw, f"{self.remote.url}: {MANIFEST}")
         with self._writing():
-            (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            (self.folder / _RECORDS).mkdir(exist_ok=True)
+            for name in (SHARDS, _RECORDS, _LOCKS):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
             write_json(self.folder / _MARK, {"url": self.remote.url})
         with self._locked():
-            clear_drafts(self.folder / SHARDS, [], patterns=[r"\d{6,}"])
+            self._drafts()
             if (self.folder / MANIFEST).is_file():
                 refuse_other(Manifest.read(self.folder), now, f"what {self.folder} keeps", self.remote.url)
             else:
@@ -209,7 +211,10 @@ class ShardCache:
     def update(self, manifest: Manifest) -> None:
         """Fetch what is new: the records of shards, and complete.json."""
         complete = self.remote.read(COMPLETE)
-        units = None if complete is None else _units(complete, self.remote.url)
+        try:
+            units = None if complete is None else int(parse_complete(complete)["units"])
+        except ValueError as err:
+            raise ArtifactError(f"{self.remote.url}: {COMPLETE} is damaged ({err}); send the store again") from err
         with self._writing():
             if complete is None:
                 (self.folder / COMPLETE).unlink(missing_ok=True)
@@ -233,15 +238,40 @@ class ShardCache:
     @contextmanager
     def there(self, number: int) -> Iterator[None]:
         """See to it that a shard is on the disk, and stays while a file of it is mapped."""
-        place, record = self.place(number), self.records[number]
-        with self._locked():
-            if not place.is_dir() or (number not in self._seen and not _as_written(place, record)):
-                self._remove(number)
-                self._make_room(record_bytes(record))
-                self._fetch(number, place, record)
-            self._seen.add(number)
-            self.touch(number)
-            yield
+        while True:
+            with self._locked():
+                if self._here(number):
+                    yield
+                    return
+            with self._alone(number):
+                if (draft := self._draft(number)) is not None:
+                    # Still under the lock that others need to remove it again.
+                    with self._arrived(number, draft):
+                        yield
+                    return
+
+    def ahead(self, key: object, now: Sequence[int], following: Sequence[int]) -> Iterator[int]:
+        """Fetch the shards of a reader's window, then of its next, one at a time, as they are needed.
+
+        The window counts until the reader (`key`) tells of another, or is let go: nothing that it reads goes for what
+        is fetched ahead. What cannot be fetched is left to whoever needs it, and says so then.
+        """
+        with self._one:
+            self._windows[key] = (frozenset(now), frozenset(following))
+        if sum(record_bytes(self.records[number]) for number in set(now)) > self.limit:
+            return iter(())
+        return self._each(list(dict.fromkeys([*now, *following])))
+
+    def _each(self, numbers: list[int]) -> Iterator[int]:
+        for number in numbers:
+            try:
+                with self._turn, self._alone(number):
+                    if (draft := self._draft(number, ahead=True)) is not None:
+                        with self._arrived(number, draft):
+                            pass
+            except InterpError:
+                return
+            yield number
 
     def place(self, number: int) -> Path:
         """Where a shard lies, when it is here."""
@@ -263,6 +293,11 @@ class ShardCache:
         finally:
             self._wanted.remove(wanted)
 
+    def clear(self) -> None:
+        """Remove the folder, when what is read ahead has arrived; nothing can be read through it any more."""
+        with self._turn, self._locked():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def _kept(self, number: int, manifest: Manifest) -> dict[str, Any] | None:
         path = self._record_path(number)
         try:
@@ -273,42 +308,98 @@ class ShardCache:
     def _record_path(self, number: int) -> Path:
         return self.folder / _RECORDS / f"{shard_name(number)}.json"
 
-    def _fetch(self, number: int, place: Path, record: Mapping[str, Any]) -> None:
-        name, files = shard_name(number), record["files"]
-        remote = [self.remote.path(SHARDS, name, file) for file in files]
+    def _here(self, number: int) -> bool:
+        """Whether a shard is on the disk, as it was written; then it counts as used now. Under the lock."""
+        place = self.place(number)
+        if not place.is_dir() or (number not in self._seen and not _as_written(place, self.records[number])):
+            return False
+        self._seen.add(number)
+        self.touch(number)
+        return True
+
+    def _draft(self, number: int, *, ahead: bool = False) -> Path | None:
+        """Make room for a shard, and a folder beside its place; None where it is here, or nothing may go for it."""
+        while True:
+            with self._locked():
+                if self._here(number):
+                    return None
+                self._remove(number)
+                for left in (self.folder / SHARDS).glob(f".{shard_name(number)}.*.tmp"):
+                    shutil.rmtree(left)  # by somebody who is gone, as this one has the lock
+                if self._make_room(number, ahead=ahead):
+                    draft = self.place(number).with_name(f".{shard_name(number)}.{uuid.uuid4().hex}.tmp")
+                    draft.mkdir()
+                    return draft
+            if ahead:
+                return None
+            time.sleep(_PAUSE)  # shards on their way take the room: these can go as soon as they are here
+
+    @contextmanager
+    def _arrived(self, number: int, draft: Path) -> Iterator[None]:
+        """Fetch a shard and put it in its place; in the block it cannot go."""
+        try:
+            self._fetch(number, draft)
+            with self._locked():
+                draft.rename(self.place(number))
+                self.fetched += record_bytes(self.records[number])
+                self._seen.add(number)
+                self.touch(number)
+                yield
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _fetch(self, number: int, draft: Path) -> None:
+        name, files = shard_name(number), self.records[number]["files"]
+        remote, local = [self.remote.path(SHARDS, name, file) for file in files], [draft / file for file in files]
 
         def get() -> None:
-            appear(place, write)
-
-        def write(draft: Path) -> None:
-            local = [draft / file for file in files]
             if remote:
                 self.remote.fs.get(remote, [str(path) for path in local])
             for path, held in zip(local, files.values(), strict=True):
                 if path.stat().st_size != held["bytes"] or checksum(path) != held["crc32"]:
                     raise OSError(f"{name}/{path.name} did not arrive as its record says")
-            (draft / RECORD).write_bytes(self._record_path(number).read_bytes())
 
         self.remote.tried(get, f"be copied to {self.folder} (shard {name})")
-        self.fetched += record_bytes(record)
+        with self._writing():
+            (draft / RECORD).write_bytes(self._record_path(number).read_bytes())
 
-    def _make_room(self, size: int) -> None:
-        """Remove shards until so many bytes more may be there: those used longest ago first.
+    def _make_room(self, new: int, *, ahead: bool) -> bool:
+        """Remove shards until another has room: those used longest ago first; none where it would not do.
 
-        Those that the batch under way reads go last, and the latest read first: it will be wanted again the latest.
+        Those of next windows go after others, then those of present ones, then those that a batch under way reads; of
+        these two the latest read first: it will be wanted again the latest.
         """
         here = {int(p.name): p.stat().st_mtime_ns for p in (self.folder / SHARDS).glob("[0-9]*") if p.name.isdecimal()}
-        for number, shard in self.shards.items():
-            if number not in here:
-                shard.forget()
-        wanted = frozenset[int]().union(*self._wanted)
-        sizes = {n: sum(p.stat().st_size for p in self.place(n).iterdir() if p.name != RECORD) for n in here}
-        total = sum(sizes.values())
-        for number in sorted(here, key=lambda n: (n in wanted, -here[n] if n in wanted else here[n])):
-            if total + size <= self.limit:
-                return
+        for gone in set(self.shards) - here.keys():
+            self.shards[gone].forget()
+        windows = list(self._windows.values())
+        now, following = (frozenset[int]().union(*(window[i] for window in windows)) for i in (0, 1))
+        wanted, drafts = frozenset[int]().union(*self._wanted), self._drafts()
+        rank = {n: 3 if n in wanted else 2 if n in now else 1 if n in following else 0 for n in here}
+        sizes = {n: _bytes_in(self.place(n)) for n in here}
+        need = sum(sizes.values()) + sum(drafts.values()) + record_bytes(self.records[new])
+        may_go = [n for n in here if not ahead or rank[n] < (2 if new in now else 1)]
+        if need - sum(sizes[n] for n in may_go) > self.limit:
+            return False
+        for number in sorted(may_go, key=lambda n: (rank[n], -here[n] if rank[n] > 1 else here[n])):
+            if need <= self.limit:
+                break
             self._remove(number)
-            total -= sizes[number]
+            need -= sizes[number]
+        return True
+
+    def _drafts(self) -> dict[int, int]:
+        """The bytes that shards on their way will have; what was left by those who are gone is removed."""
+        found: dict[int, int] = {}
+        for path in (self.folder / SHARDS).glob(".[0-9]*.tmp"):
+            number = int(path.name.split(".")[1])
+            with (self.folder / _LOCKS / shard_name(number)).open("ab") as held:
+                busy = (number in self._fetching and self._fetching[number].locked()) or not lock(held, wait=False)
+            if not busy:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                found[number] = record_bytes(self.records[number]) if number in self.records else _bytes_in(path)
+        return found
 
     def _remove(self, number: int) -> None:
         place = self.place(number)
@@ -322,10 +413,15 @@ class ShardCache:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with self._one, self._writing(), (self.folder / "lock").open("ab") as held:
-            if sys.platform != "win32":
-                import fcntl
+            lock(held)
+            yield
 
-                fcntl.flock(held, fcntl.LOCK_EX)
+    @contextmanager
+    def _alone(self, number: int) -> Iterator[None]:
+        """Nobody else fetches a shard; whoever waits for it finds it here afterwards."""
+        mine, path = self._fetching.setdefault(number, threading.Lock()), self.folder / _LOCKS / shard_name(number)
+        with mine, self._writing(), path.open("ab") as held:
+            lock(held)
             yield
 
     @contextmanager
@@ -337,6 +433,18 @@ class ShardCache:
                 f"the cache in {self.folder} cannot be written: {err.strerror or err}; make room, lower cache_bytes, "
                 "or choose another folder"
             ) from err
+
+
+def lock(held: BinaryIO, *, wait: bool = True) -> bool:
+    """Lock an open file among processes until it is closed, where the system can; False when another has it."""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+    return True
 
 
 def refuse_other(there: Manifest, here: Manifest, what: str, other: str) -> None:
@@ -366,14 +474,6 @@ def checked_record(raw: bytes, manifest: Manifest, where: str) -> dict[str, Any]
     return dict(record)
 
 
-def _units(raw: bytes, where: str) -> int:
-    """How many shards a store from outside has."""
-    try:
-        return int(parse_complete(raw)["units"])
-    except ValueError as err:
-        raise ArtifactError(f"{where}: {COMPLETE} is damaged ({err}); send the store again") from err
-
-
 def _lengths(manifest: Manifest, rows: int) -> dict[str, int]:
     """The files of a shard with so many rows, and their bytes."""
     codec = codec_named(manifest.dtype)
@@ -385,6 +485,10 @@ def _lengths(manifest: Manifest, rows: int) -> dict[str, int]:
                 scales = rows if codec.scale == "row" or not rows else site.width
                 found[file_name(f"scale-{part}", site.name, torch.float32)] = scales * 4
     return found
+
+
+def _bytes_in(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.iterdir() if path.name != RECORD)
 
 
 def _as_written(place: Path, record: Mapping[str, Any]) -> bool:

@@ -301,7 +301,6 @@ class Rows:
             grad=None if self.gradients is None else self.gradients[x],
             tokens=self.tokens,
             positions=self.positions,
-            mask=torch.ones(len(self), dtype=torch.bool, device=self.values[x].device),
         )
 
 

@@ -239,6 +239,9 @@ class StoredActivations(ActivationStore):
     def _shard(self, number: int) -> Shard:
         return Shard(self.folder / SHARDS / shard_name(number), self.manifest.shapes, self.manifest.dtype)
 
+    def _window(self, now: list[int], following: list[int]) -> None:
+        """Called before a window is served: the shards that it reads, and those of the next one, as they are needed."""
+
     def _piece(self, shard: Shard, index: Int[Tensor, "n"] | slice) -> Rows:
         parts = [[shard.select(site.name, index, part) for site in self.sites] for part in self.manifest.parts]
         ids, positions = (shard.column(name)[index].long() for name in ("ids", "position"))
@@ -341,10 +344,19 @@ class _ShuffledRows(Iterator[Rows]):
 
     def _drawn(self) -> Int[Tensor, "n"]:
         """The rows of this window that count, with those that were left, in the order they are served."""
-        mine = self._epoch_order(self.epoch)[self.window * self.per_window : (self.window + 1) * self.per_window]
+        order, low, size = self._epoch_order(self.epoch), self.window * self.per_window, self.per_window
+        mine, coming = order[low : low + size], order[low + size : low + 2 * size]
+        if not len(coming) and self.store.repeat:
+            coming = torch.randperm(len(self.blocks), generator=_generator(self.store.seed, self.epoch + 1))[:size]
+        now = torch.cat([self.blocks[mine, 0], self.left])
+        self.store._window(*(self._shards_of(rows) for rows in (now, self.blocks[coming, 0])))
         rows = [self.store.counted(low, high) for low, high in self.blocks[mine].tolist()]
         held = torch.cat([self.left, *rows])
         return held[torch.randperm(len(held), generator=_generator(self.store.seed, self.epoch, self.window))]
+
+    def _shards_of(self, rows: Int[Tensor, "n"]) -> list[int]:
+        found = torch.searchsorted(self.store.offsets, rows, right=True) - 1
+        return [self.store.numbers[i] for i in dict.fromkeys(found.tolist())]
 
     def _epoch_order(self, epoch: int) -> Int[Tensor, "block"]:
         """The blocks in the order of an epoch: drawn once for all of its windows."""

@@ -17,12 +17,31 @@ from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError, ShapeError, nearest
 from interp.data.store import Batch
 
-__all__ = ["ARCHITECTURES", "CFG", "SAE", "WEIGHTS", "Dictionary", "DictionaryConfig", "Losses"]
+__all__ = [
+    "ARCHITECTURES",
+    "CFG",
+    "SAE",
+    "WEIGHTS",
+    "Dictionary",
+    "DictionaryConfig",
+    "Losses",
+    "Transcoder",
+    "TranscoderConfig",
+]
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 # SAELens' name of an architecture → the class, imported when it is needed.
-ARCHITECTURES = {"topk": ("interp.dictionaries.topk", "TopKSAE")}
+ARCHITECTURES = {
+    "topk": ("interp.dictionaries.topk", "TopKSAE"),
+    "standard": ("interp.dictionaries.standard", "StandardSAE"),
+    "gated": ("interp.dictionaries.gated", "GatedSAE"),
+    "jumprelu": ("interp.dictionaries.jumprelu", "JumpReLUSAE"),
+    "transcoder": ("interp.dictionaries.standard", "ReLUTranscoder"),
+    "skip_transcoder": ("interp.dictionaries.standard", "ReLUTranscoder"),
+    "jumprelu_transcoder": ("interp.dictionaries.jumprelu", "JumpReLUTranscoder"),
+    "jumprelu_skip_transcoder": ("interp.dictionaries.jumprelu", "JumpReLUTranscoder"),
+}
 
 
 _D = TypeVar("_D", bound="Dictionary")
@@ -55,6 +74,7 @@ class Losses:
         total: what is minimised.
         fvu: share of the batch's variance that the reconstruction misses, detached.
         aux: auxiliary loss before its coefficient, detached.
+        penalty: sparsity penalty before its coefficient, detached.
         l0: mean number of active latents per token.
         fired: in how many of the batch's tokens each latent was active.
     """
@@ -62,6 +82,7 @@ class Losses:
     total: Float[Tensor, ""]
     fvu: Float[Tensor, ""]
     aux: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
     l0: Float[Tensor, ""]
     fired: Int[Tensor, "d_sae"]
 
@@ -76,10 +97,21 @@ class Dictionary(nn.Module, ABC):
     W_dec: nn.Parameter
     b_enc: nn.Parameter
     b_dec: nn.Parameter
+    W_skip: nn.Parameter
 
     def __init__(self, cfg: DictionaryConfig) -> None:
         super().__init__()
         self.cfg = cfg
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it reconstructs."""
+        return int(getattr(self.cfg, "d_out", self.cfg.d_in))
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether `W_skip` [d_out d_in] takes the input past the latents."""
+        return "skip" in self.cfg.architecture
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
@@ -99,12 +131,32 @@ class Dictionary(nn.Module, ABC):
         """
 
     @abstractmethod
-    def init_from(self, x: Float[Tensor, "token d_in"], *, seed: int) -> None:
-        """Set the first weights, given a sample of the activations (as the loss will see them) and a seed."""
+    def init_from(
+        self, x: Float[Tensor, "token d_in"], *, seed: int, target: Float[Tensor, "token d_out"] | None = None
+    ) -> None:
+        """Set the first weights.
+
+        Args:
+            x: a sample of the activations, as the loss will see them.
+            seed: of what is drawn.
+            target: of the same tokens, where it is not `x`.
+        """
 
     @abstractmethod
-    def fold_scale(self, scale: float) -> None:
-        """Turn a dictionary of `scale · x` into the same dictionary of `x`, in place."""
+    def fold_scale(self, scale: float, target_scale: float | None = None) -> None:
+        """Turn a dictionary of `scale · x` and `target_scale · target` into the same one of `x` and `target`, in place.
+
+        Args:
+            scale: of the input.
+            target_scale: of what it reconstructs; by default the same.
+        """
+
+    def at(self, done: float) -> None:
+        """Be told which share of the training is done, before each step; nothing by default."""
+
+    def frozen(self) -> "Dictionary":
+        """Return the dictionary that is saved once training has ended, of an architecture that SAELens knows."""
+        return self
 
     def before_step(self) -> None:
         """Change gradients before the optimiser's step; nothing by default."""
@@ -114,13 +166,15 @@ class Dictionary(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Sizes, settings and the site it was trained on, for printing."""
-        settings = self.cfg.model_dump(include={"d_in", "d_sae", "k", "dtype"})
+        settings = self.cfg.model_dump(include={"d_in", "d_sae", "d_out", "k", "dtype"})
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())
         return f"{shown}, site={self.cfg.metadata.get('hook_name', 'unknown')}"
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the reconstruction decode(encode(x))."""
-        return self.decode(self.encode(x))
+        """Return the reconstruction decode(encode(x)), with what `W_skip` adds."""
+        x = self._check_input(x)
+        made = self.decode(self.encode(x))
+        return made + x @ self.W_skip.T if self.has_skip else made
 
     def save(self, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> Path:
         """Write SAELens' inference folder: `sae_weights.safetensors`, then `cfg.json`, each atomically.
@@ -134,15 +188,15 @@ class Dictionary(nn.Module, ABC):
         """
         from safetensors.torch import save
 
-        target = Path(folder)
+        made, target = self.frozen(), Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        state = {name: value.detach().cpu().contiguous() for name, value in made.state_dict().items()}
         # Weights first: a folder that has a cfg.json is whole.
         atomic_write(target / WEIGHTS, save(state))
         # SAELens takes a file without this version for one of its own from before 6.0, and converts it.
         version = metadata.version("sae-lens")
-        written = {"sae_lens_version": version, "sae_lens_training_version": None, **self.cfg.metadata, **(notes or {})}
-        record = {**self.cfg.model_dump(), "device": "cpu", "metadata": written}
+        written = {"sae_lens_version": version, "sae_lens_training_version": None, **made.cfg.metadata, **(notes or {})}
+        record = {**made.cfg.model_dump(), "device": "cpu", "metadata": written}
         atomic_write(target / CFG, json.dumps(record, indent=1, sort_keys=True) + "\n")
         return target
 
@@ -183,6 +237,19 @@ class Dictionary(nn.Module, ABC):
 
 class SAE(Dictionary):
     """A dictionary that reconstructs the activations it reads; `SAE.load(folder)` gives the right architecture."""
+
+
+class TranscoderConfig(DictionaryConfig):
+    """SAELens' settings of a transcoder."""
+
+    d_out: int = Field(gt=0, description="width of what is reconstructed, dimensions")
+    apply_b_dec_to_input: Literal[False] = Field(default=False, description="b_dec is of another space than the input")
+
+
+class Transcoder(Dictionary):
+    """A dictionary that reconstructs what a module makes of the activations it reads, such as an MLP's output."""
+
+    cfg: TranscoderConfig
 
 
 def _read_cfg(folder: Path) -> dict[str, Any]:

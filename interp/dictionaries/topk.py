@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder, with an auxiliary loss that revives dead latents."""
+"""The TopK sparse autoencoder, and the one that chooses its latents by what they do to the model's loss."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,17 +6,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
+from interp.core.errors import ConfigError, DataError
 from interp.data.store import Batch
 from interp.dictionaries.base import SAE, DictionaryConfig, Losses
-from interp.dictionaries.kernels import Codes, decode_codes, encode_topk
+from interp.dictionaries.objective import Objective
+from interp.dictionaries.select import Score, encode_topk
+from interp.dictionaries.sparse import Activity, SparseDictionary
 
-__all__ = ["TopKConfig", "TopKSAE"]
-
-_TINY = 1e-12
-# Up to this many times k_aux dead latents, products over all of them cost less than a gather per entry.
-_FEW = 3
+__all__ = ["GradientTopKSAE", "TopKConfig", "TopKSAE"]
 
 
 class TopKConfig(DictionaryConfig):
@@ -35,173 +34,123 @@ class TopKConfig(DictionaryConfig):
         return self
 
 
-class TopKSAE(SAE):
+class TopKSAE(SparseDictionary, SAE):
     """Keeps the k largest pre-activations of each token, at least zero: z = ReLU(TopK((x − b_dec) W_enc + b_enc)).
 
-    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (2406.04093), §2.3 and appendix A.2. The loss
-    is the batch's FVU plus `aux_coef` times AuxK. Departures: b_dec starts at the mean, not the geometric median; the
-    AuxK's gradient passes its ReLU as if that were the identity, so that a latent that is negative everywhere has one.
-
-    Args:
-        cfg: sizes and SAELens' settings.
-        k_aux: dead latents that reconstruct the error of each token; by default half of d_in.
-        aux_coef: weight of AuxK.
-        unit_norm: keep decoder rows at norm 1 while training.
+    Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (2406.04093), §2.3. Departure: b_dec starts at
+    the mean, not the geometric median.
     """
 
     cfg: TopKConfig
 
-    def __init__(
-        self, cfg: TopKConfig, *, k_aux: int | None = None, aux_coef: float = 1 / 32, unit_norm: bool = True
-    ) -> None:
-        super().__init__(cfg)
-        dtype = getattr(torch, cfg.dtype)
-        self.k_aux = min(max(1, cfg.d_in // 2) if k_aux is None else k_aux, cfg.d_sae)
-        self.aux_coef, self.unit_norm = aux_coef, unit_norm
-        self.W_enc = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, cfg.d_in, dtype=dtype))
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in, dtype=dtype))
+    def __init__(self, cfg: TopKConfig, objective: Objective | None = None) -> None:
+        super().__init__(cfg, objective)
+        self.k_now = cfg.k
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> "TopKSAE":
         """Make an untrained SAE from the settings in a `cfg.json`."""
         return cls(TopKConfig.model_validate(dict(cfg)))
 
-    @torch.no_grad()
-    def init_from(self, x: Float[Tensor, "token d_in"], *, seed: int) -> None:
-        """Set b_dec to the mean of `x`, W_dec to random unit rows, W_enc to the multiple of its transpose that fits.
-
-        The multiple is the one with the smallest squared error on `x`: with y the first reconstruction less b_dec by
-        the transpose itself, ⟨x − b_dec, y⟩ / ⟨y, y⟩. So training begins at an FVU of 1 at most; many latents that
-        overlap would else begin far above it.
-
-        Source: Gao et al. 2024 (2406.04093), appendix A.1. Departure: least squares, where they match the norm.
-        """
-        rows = torch.randn(self.cfg.d_sae, self.cfg.d_in, generator=torch.Generator().manual_seed(seed))
-        rows = (rows / rows.norm(dim=-1, keepdim=True)).to(self.W_dec)
-        self.W_dec.copy_(rows)
-        self.W_enc.copy_(rows.T)
-        self.b_enc.zero_()
-        self.b_dec.copy_(x.double().mean(0))
-        x = self._check_input(x)
-        codes, _ = self._codes(x, None)
-        y = decode_codes(codes.values.relu(), codes, self.W_dec).double()
-        power = y.pow(2).sum()
-        # Of what is constant nothing is left to fit.
-        fit = ((x - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
-        self.W_enc.mul_(torch.where(fit > 0, fit, 1).to(self.W_enc))
+    def at(self, done: float) -> None:
+        """Be told which share of the training is done, before each step."""
+        super().at(done)
+        self.k_now = self.objective.k_at(done, self.cfg.k, self.cfg.d_sae)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations; at most k are positive, the others are 0."""
         pre = self._pre(self._check_input(x))
+        pre = pre * self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
         values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
         """Return the activations that some latents stand for."""
-        return self._unscaled(latents) @ self.W_dec + self.b_dec
+        latents = latents.to(self.W_dec.dtype)
+        return super().decode(latents / self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else latents)
+
+    def _activity(self, x: Tensor, batch: Batch, dead: Tensor | None) -> Activity:
+        codes, revived = encode_topk(x, self._encoder(score=self._score(batch), dead=dead), k=self.k_now)
+        return Activity(codes.values.relu(), codes, revived)
+
+    def _score(self, batch: Batch) -> Score | None:
+        """What latents are chosen by."""
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return None
+        # What a latent is multiplied with, its decoder row is divided by: the norm matters for the choice alone.
+        norm = self.W_dec.detach().norm(dim=-1)
+        return lambda pre, _: pre * norm
+
+    def _importance(self, pre: Tensor, W_dec: Tensor, batch: Batch) -> Tensor:
+        return pre * W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
+
+    def fold_decoder_norm(self) -> None:
+        """Multiply each latent by the norm of its decoder row, which becomes 1; reconstructions stay as they are.
+
+        Raises:
+            ConfigError: latents are not chosen by what they add, so that others would be the largest.
+        """
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            raise ConfigError("folding the norms of decoder rows changes which latents are the k largest")
+        super().fold_decoder_norm()
+
+
+class GradientTopKSAE(TopKSAE):
+    """A g-SAE: while training, latents are chosen by z · (1 + β |W_dec g|), with g the gradient of the model's loss.
+
+    |z_n · (W_dec[n] · g)| is what latent n does to the loss to first order. Only the choice sees the gradient: values
+    stay z, and what is saved is a plain TopK SAE, for at inference there is no gradient. That is a gap between training
+    and use, which the paper has too. g is divided by the batch's mean ‖g‖, so that β means the same at every site.
+
+    Source: Olmo et al. 2024, "Features that make a difference" (2411.10397): a reproduction, for the paper's β is not
+    public. β = 0 is TopK to the bit.
+
+    Args:
+        cfg: sizes and SAELens' settings.
+        objective: what it is trained to do; `objective.beta` is β.
+    """
 
     def loss(self, batch: Batch, *, dead: Bool[Tensor, "d_sae"] | None = None) -> Losses:
-        """Return FVU + aux_coef · AuxK of a batch.
+        """Return the training loss of a batch, which must hold gradients of the model's loss.
 
-        Args:
-            batch: activations; `mask`, where given, leaves rows out.
-            dead: latents that AuxK trains on the error; None for none.
+        Raises:
+            DataError: it holds none.
         """
-        x = self._check_input(batch.x)
-        target = x if batch.target is None else batch.target.to(x.dtype)
-        counts = torch.ones_like(x[:, :1]) if batch.mask is None else batch.mask[:, None].to(x.dtype)
-        # Counted on a CPU alone: a GPU would have to wait.
-        count = int(dead.sum()) if dead is not None and dead.device.type == "cpu" else None
-        dead = None if count == 0 else dead
-        few = count is not None and count <= _FEW * self.k_aux
-        codes, revived = self._codes(x, None if few else dead)
-        values = codes.values.relu()
-        error = (target - decode_codes(values, codes, self.W_dec) - self.b_dec) * counts
-        mean = (target * counts).sum(0) / counts.sum().clamp_min(1)
-        fvu = error.pow(2).sum() / ((target - mean) * counts).pow(2).sum().clamp_min(_TINY)
-        active = (values.detach() > 0) & (counts > 0)
-        fired = torch.zeros(self.cfg.d_sae, dtype=torch.long, device=x.device)
-        fired.scatter_add_(0, codes.index.flatten(), active.flatten().long())
-        aux = torch.zeros_like(fvu)
-        if dead is not None:
-            guess = self._guess_by_products(x, dead) if revived is None else self._guess_by_entries(revived)
-            aux = self._aux(guess, error.detach(), dead, counts)
-        return Losses(
-            total=fvu + self.aux_coef * aux,
-            fvu=fvu.detach(),
-            aux=aux.detach(),
-            l0=active.sum() / counts.sum().clamp_min(1),
-            fired=fired,
-        )
+        if batch.grad is None:
+            raise DataError(
+                "a g-SAE chooses latents by the gradient of the model's loss, and this batch has none; capture with "
+                "gradient='loss', or train a TopK SAE"
+            )
+        return super().loss(batch, dead=dead)
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        """Take out of the decoder's gradient what would only change the norm of its rows."""
-        if self.unit_norm and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+    def _score(self, batch: Batch) -> Score | None:
+        if batch.grad is None or self.objective.beta == 0:
+            return super()._score(batch)
+        grad, W_dec = self._unit_grad(batch.grad), self.W_dec.detach()
+        return lambda pre, where: self._by_effect(pre, grad[where], W_dec)
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Bring the decoder's rows back to norm 1."""
-        if self.unit_norm:
-            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(_TINY))
+    def _importance(self, pre: Tensor, W_dec: Tensor, batch: Batch) -> Tensor:
+        if batch.grad is None or self.objective.beta == 0:
+            return super()._importance(pre, W_dec, batch)
+        return self._by_effect(pre, self._unit_grad(batch.grad), W_dec)
 
-    @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
-        """Turn an SAE of `scale · x` into the same SAE of `x`: biases, hence latents, are divided by `scale`."""
-        # ReLU and TopK commute with a positive factor, so the decoder's rows need not change.
-        self.b_enc.div_(scale)
-        self.b_dec.div_(scale)
+    def _unit_grad(self, grad: Tensor) -> Tensor:
+        """The gradients, of mean norm 1."""
+        grad = grad.detach().to(self.W_dec.dtype)
+        return grad / grad.norm(dim=-1).mean().clamp_min(torch.finfo(grad.dtype).tiny)
 
-    def _pre(self, x: Tensor) -> Tensor:
-        x = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
-        pre = x @ self.W_enc + self.b_enc
-        return pre * self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
+    def _by_effect(self, pre: Tensor, grad: Tensor, W_dec: Tensor) -> Tensor:
+        effect = (grad @ W_dec.T).abs_()
+        # What is not positive adds nothing, whatever its gradient: it stays behind all that is.
+        return torch.where(pre > 0, pre * (1 + self.objective.beta * effect), pre)
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.W_dec.dtype)
-        return latents / self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else latents
+    @classmethod
+    def from_cfg(cls, cfg: Mapping[str, Any]) -> "TopKSAE":
+        """Make an untrained SAE from the settings in a `cfg.json`."""
+        raise ConfigError("a g-SAE is saved as the TopK SAE that it is at inference; load that")
 
-    def _codes(self, x: Tensor, dead: Tensor | None) -> tuple[Codes, Codes | None]:
-        """The k largest pre-activations of each token, and the k_aux largest of dead latents."""
-        return encode_topk(
-            x,
-            self.W_enc,
-            self.b_enc,
-            k=self.cfg.k,
-            centre=self.b_dec if self.cfg.apply_b_dec_to_input else None,
-            # What a latent is multiplied with, its decoder row is divided by: the norm matters for the choice alone.
-            scale=self.W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None,
-            dead=dead,
-            k_dead=self.k_aux,
-        )
-
-    def _guess_by_entries(self, codes: Codes) -> Tensor:
-        """The error as the best dead latents of each token guess it."""
-        return decode_codes(_revived(codes.values), codes, self.W_dec)
-
-    def _guess_by_products(self, x: Tensor, dead: Tensor) -> Tensor:
-        """The same, by dense products over the dead latents alone."""
-        latents = dead.nonzero()[:, 0]
-        W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
-        pre = (x - self.b_dec if self.cfg.apply_b_dec_to_input else x) @ W_enc + self.b_enc.index_select(0, latents)
-        if len(latents) > self.k_aux:
-            score = pre.detach() * W_dec.detach().norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
-            best = score.topk(self.k_aux, dim=-1, sorted=False).indices
-            pre = torch.zeros_like(pre).scatter(-1, best, pre.gather(-1, best))
-        return _revived(pre) @ W_dec
-
-    def _aux(self, guess: Tensor, error: Tensor, dead: Tensor, counts: Tensor) -> Tensor:
-        """The error's share that a guess of it misses; 0 when no latent is dead."""
-        missed = (error - guess) * counts
-        share = missed.pow(2).sum() / error.pow(2).sum().clamp_min(_TINY)
-        # A cut-off instead of a branch: asking the host whether any is dead would make a GPU wait.
-        return torch.where(dead.any() & share.isfinite(), share, torch.zeros_like(share))
-
-
-def _revived(pre: Tensor) -> Tensor:
-    # ReLU forwards: a code is never negative. Identity backwards: else nothing would ever lift the most dead ones.
-    return pre + (pre.relu() - pre).detach()
+    def frozen(self) -> TopKSAE:
+        """Return the same SAE as a plain TopK one."""
+        made = TopKSAE(self.cfg, self.objective).to(self.W_enc)
+        made.load_state_dict(self.state_dict())
+        return made.train(self.training).requires_grad_(self.W_enc.requires_grad)

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from interp.core.errors import ConfigError
 from interp.core.settings import Settings
 from interp.core.site import Site
+from interp.dictionaries.options import DictionaryOptions
 
 __all__ = [
     "DictionaryOptions",
@@ -15,43 +15,6 @@ __all__ = [
     "TrainConfig",
     "TrainOptions",
 ]
-
-
-class DictionaryOptions(Settings):
-    """The dictionary's architecture and size."""
-
-    kind: Literal["topk"] = Field(default="topk", description="architecture")
-    d_sae: int | None = Field(default=None, gt=0, description="latents; by default 8 · d_in, d_in the site's width")
-    k: int | None = Field(
-        default=None, gt=0, description="latents that may be active per token; by default a quarter of d_in, at most 32"
-    )
-    k_aux: int | None = Field(default=None, gt=0, description="dead latents per token in AuxK; by default half of d_in")
-    aux_coef: float = Field(default=1 / 32, ge=0, description="weight of AuxK in the loss (no unit)")
-    unit_norm: bool = Field(default=True, description="keep decoder rows at norm 1 while training")
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> "DictionaryOptions":
-        if self.k is not None and self.d_sae is not None and self.k > self.d_sae:
-            raise ValueError(f"k is {self.k}, more than the {self.d_sae} latents of d_sae")
-        return self
-
-    def sizes(self, d_in: int) -> tuple[int, int]:
-        """The number of latents and of active ones, with the defaults that follow from the site's width.
-
-        Args:
-            d_in: width of the activations.
-
-        Returns:
-            (d_sae, k)
-
-        Raises:
-            ConfigError: more active latents than there are.
-        """
-        d_sae = 8 * d_in if self.d_sae is None else self.d_sae
-        k = min(32, max(1, d_in // 4), d_sae) if self.k is None else self.k
-        if k > d_sae:
-            raise ConfigError(f"dictionary.k is {k}, more than the {d_sae} latents that d_in {d_in} gives; set d_sae")
-        return d_sae, k
 
 
 class TextOptions(Settings):
@@ -152,8 +115,18 @@ class TrainConfig(Settings):
     )
     store: str | None = Field(
         default=None,
-        description="folder of activations that `interp capture` wrote, to train on instead of running the model; "
-        "data is then the text to measure on",
+        description="folder of activations that `interp capture` wrote, or the URL that it sent them to, to train on "
+        "instead of running the model; data is then the text to measure on",
+    )
+    store_cache: str | None = Field(
+        default=None,
+        description="folder for shards of a store at a URL, kept for later runs; by default store-cache in out, which "
+        "goes when the run is finished",
+    )
+    store_cache_bytes: int = Field(
+        default=10 * 2**30,
+        gt=0,
+        description="bytes of shards that may lie in it; those of three windows of train.buffer_tokens are good",
     )
     out: str = Field(description="folder to write; it must not hold anything yet")
     seed: int = Field(default=0, ge=0, description="of the first weights and the shuffling")
@@ -171,6 +144,11 @@ class TrainConfig(Settings):
     def _site_parses(cls, value: str) -> str:
         Site(value)
         return value
+
+    @property
+    def store_is_remote(self) -> bool:
+        """Whether the store is read from a URL, through a cache."""
+        return self.store is not None and "://" in self.store
 
     def sized(self, d_in: int) -> "TrainConfig":
         """The same with the dictionary's sizes filled in.

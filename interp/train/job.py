@@ -16,10 +16,12 @@ from interp.core.manager import HookManager, sites_of
 from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.data.documents import Part
-from interp.data.store import ActivationStore, StreamState
+from interp.data.manifest import COMPLETE, Manifest
+from interp.data.remote import RemoteStore, open_remote
+from interp.data.remotefolder import RemoteFolder
+from interp.data.store import ActivationStore, BatchStream, StreamState
 from interp.data.tokens import TokenSource
 from interp.data.tune import refuse_long_rows
-from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.checkpoint import SavedState
@@ -33,6 +35,7 @@ __all__ = ["JobReport", "Plan", "plan_job", "train_job"]
 
 Status = Literal["finished", "stopped"]
 _STREAM = "stream."
+_CACHE = "store-cache"  # of a run whose store is at a URL
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
     _check_folder(RunFolder(cfg.out), force=force, resume=resume)
     sites = sites_of(cfg.model)
     _, shape = _vector_site(cfg.site, {site: row["shape"] for site, row in zip(sites.sites, sites.rows, strict=True)})
+    if cfg.store_is_remote:
+        RemoteFolder(str(cfg.store))  # known, with its package there
     d_in, options = int(shape[-1]), cfg.train
     d_sae, k = cfg.dictionary.sizes(d_in)
     from interp.core.loading import skeleton
@@ -191,6 +196,7 @@ def train_job(
             folder.provenance({**ended, "status": "stopped"})
             return JobReport(folder.path, "stopped", training, None, stop.name)
         folder.finish(ended)
+        job.remove_cache()
         return JobReport(folder.path, "finished", training, evaluation, stop.name)
 
 
@@ -215,8 +221,9 @@ class _Job:
         self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
         self.site, shape = _vector_site(cfg.site, {s: self.hm.atlas.shape(s) for s in self.hm.sites().sites})
         self.cfg, self.folder, self.stop = cfg.sized(int(shape[-1])), folder, stop
-        self.store = _store(self.cfg, self.hm, self.site)
-        self.dictionary = _dictionary(self.cfg, int(shape[-1])).to(self.hm.device)
+        if cfg.store is not None:
+            _check_store(cfg, self.hm, self.site)
+        self.dictionary = self.cfg.dictionary.make(int(shape[-1])).to(self.hm.device)
         # Text that cannot be read, rows too long for the model, or too little text to hold some out are better known
         # before training than after.
         first = next(_tokens(cfg, self.hm, "train").blocks())
@@ -224,12 +231,21 @@ class _Job:
         next(_tokens(cfg, self.hm, "held_out").blocks())
         self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=self.site.name)
-        self.stream = self.store.batches(x=self.site, should_stop=stop)
+        # Last: the cache of a store at a URL is made here, and its first shards are fetched with the first stream.
+        self.store = _store(self.cfg, self.hm, self.site)
+        self.stream: BatchStream  # of `begin` or `go_on`
 
     def begin(self, *, force: bool) -> int:
         """Make the folder of a new run; gives the step that it begins after."""
-        self.folder.begin(self._state(), self.cfg.to_yaml(), force=force)
+        self.stream = self._batches()
+        self.folder.begin(self._state(), self.cfg.to_yaml(), force=force or _holds_cache_alone(self.folder))
         return 0
+
+    def remove_cache(self) -> None:
+        """Remove the store's cache, if it is this run's own."""
+        if isinstance(self.store, RemoteStore) and self.cfg.store_cache is None:
+            del self.stream  # with what it reads ahead
+            self.store.remove_cache()
 
     def go_on(self, say: Callable[[str], None]) -> int:
         """Take everything back to how it was at the saved state; gives its step.
@@ -251,7 +267,7 @@ class _Job:
         self.folder.go_on(saved, self.cfg.to_yaml())
         if record["step"]:
             self.fit.restore(record["fit"], saved.tensors)
-            self._restore_stream(record["stream"], saved)
+        self.stream = self._restored(record["stream"] if record["step"] else {}, saved)
         return int(record["step"])
 
     def train(self, progress: bool) -> Training:
@@ -265,6 +281,7 @@ class _Job:
             progress=progress,
         )
         training = self.fit.finish()
+        self.dictionary = self.dictionary.frozen()
         if training.steps:
             with self.folder.writing():
                 self.dictionary.save(self.folder.path, notes=_notes(self.cfg, self.hm, training))
@@ -274,7 +291,7 @@ class _Job:
         """Measure on held-out text; None when a signal came before the end."""
         cfg, tokens = self.cfg, _tokens(self.cfg, self.hm, "held_out")
         common: Any = {"max_tokens": cfg.evaluation.tokens, "should_stop": self.stop}
-        rank = self.dictionary.cfg.k if cfg.evaluation.pca_rank is None else cfg.evaluation.pca_rank
+        rank = cfg.dictionary.k if cfg.evaluation.pca_rank is None else cfg.evaluation.pca_rank
         try:
             pca = self._pca(rank, common) if rank else None
             evaluation = evaluate_dictionary(self.hm, self.dictionary, tokens, self.site, pca=pca, **common)
@@ -322,13 +339,15 @@ class _Job:
         state = self.stream.state()
         return state.record, {_STREAM + name: value for name, value in state.tensors.items()}
 
-    def _restore_stream(self, record: dict[str, Any], saved: SavedState) -> None:
-        if "skip" in record:
-            for _ in islice(self.stream, record["skip"]):
-                pass
-        elif record:
-            named = {k.removeprefix(_STREAM): v for k, v in saved.tensors.items() if k.startswith(_STREAM)}
-            self.stream = self.store.batches(x=self.site, should_stop=self.stop, state=StreamState(record, named))
+    def _restored(self, record: dict[str, Any], saved: SavedState) -> BatchStream:
+        named = {k.removeprefix(_STREAM): v for k, v in saved.tensors.items() if k.startswith(_STREAM)}
+        stream = self._batches(StreamState(record, named) if record and "skip" not in record else None)
+        for _ in islice(stream, record.get("skip", 0)):
+            pass
+        return stream
+
+    def _batches(self, state: StreamState | None = None) -> BatchStream:
+        return self.store.batches(x=self.site, should_stop=self.stop, state=state)
 
 
 def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
@@ -336,13 +355,19 @@ def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
         raise ConfigError("force replaces a run and resume goes on with it: give one of them")
     if resume:
         folder.check_resume()
-    else:
+    elif not _holds_cache_alone(folder):
         folder.check(force=force)
+
+
+def _holds_cache_alone(folder: RunFolder) -> bool:
+    """Whether a run ended before it had begun, with nothing but the shards that it would have read."""
+    return folder.path.is_dir() and [path.name for path in folder.path.iterdir()] == [_CACHE]
 
 
 def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
     free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
+    free |= {"store_cache": True, "store_cache_bytes": True}
     return {
         "format": 1,
         **cfg.model_dump(mode="json", exclude=free),
@@ -364,21 +389,40 @@ def _store(cfg: TrainConfig, hm: HookManager, site: Site) -> ActivationStore:
     sizes: Any = {"batch_size": cfg.train.batch_size, "buffer_tokens": cfg.train.buffer_tokens, "seed": cfg.seed}
     if cfg.store is None:
         return ActivationStore.stream(hm, _tokens(cfg, hm, "train"), site, repeat=True, **sizes)
-    store = ActivationStore.open(cfg.store, repeat=True, pin=hm.device.type == "cuda", **sizes)
-    made, config = store.manifest, Provenance.of(hm).config_hash
-    if site not in store.sites:
-        raise ConfigError(f"the store in {cfg.store} holds {[s.short for s in store.sites]}, not {site.short}")
-    if made.config_hash != config or made.weights != weights_digest(hm.model):
-        raise ConfigError(f"the store in {cfg.store} was captured from {made.model}, which is not {cfg.model}")
-    if not store.complete:
-        raise ConfigError(f"the store in {cfg.store} is not complete; `interp capture --resume --out {cfg.store}`")
+    pin = hm.device.type == "cuda"
+    if not cfg.store_is_remote:
+        return ActivationStore.open(cfg.store, repeat=True, pin=pin, **sizes)
+    cache = cfg.store_cache or Path(cfg.out) / _CACHE
+    store = open_remote(cfg.store, cache, cache_bytes=cfg.store_cache_bytes, repeat=True, **sizes)
+    store.pin = pin
+    return store
+
+
+def _check_store(cfg: TrainConfig, hm: HookManager, site: Site) -> None:
+    """Refuse a store that this dictionary cannot be trained on, before anything is made."""
+    where = str(cfg.store)
+    if cfg.store_is_remote:
+        remote = RemoteFolder(where)
+        made, complete = remote.manifest(), remote.read(COMPLETE) is not None
+        if made is None:
+            raise ConfigError(f"{where} holds no store of activations; `interp store send FOLDER {where}` sends one")
+        way_on = f"interp store send FOLDER {where}"
+    else:
+        made, complete = Manifest.read(Path(where)), (Path(where) / COMPLETE).is_file()
+        way_on = f"interp capture --resume --out {where}"
+    held = [Site(each.name) for each in made.sites]
+    if site not in held:
+        raise ConfigError(f"the store in {where} holds {[s.short for s in held]}, not {site.short}")
+    if made.config_hash != Provenance.of(hm).config_hash or made.weights != weights_digest(hm.model):
+        raise ConfigError(f"the store in {where} was captured from {made.model}, which is not {cfg.model}")
+    if not complete:
+        raise ConfigError(f"the store in {where} is not complete; `{way_on}`")
     parted = made.text.part == "train" and made.text.hold_out_every == cfg.text.hold_out_every
     if cfg.evaluation.data is None and not parted:
         raise ConfigError(
-            f"the store in {cfg.store} holds {made.text.part!r} documents, so none of {cfg.data} are known to be held "
+            f"the store in {where} holds {made.text.part!r} documents, so none of {cfg.data} are known to be held "
             "out; capture with --text.part train, or give evaluation.data"
         )
-    return store
 
 
 def _notes(cfg: TrainConfig, hm: HookManager, training: Training) -> dict[str, Any]:
@@ -400,17 +444,6 @@ def _tokens(cfg: TrainConfig, hm: HookManager, part: Part) -> TokenSource:
     own = part == "held_out" and cfg.evaluation.data is not None
     whole: Part = "all" if cfg.evaluation.data is not None else part
     return token_source(str(cfg.evaluation.data if own else cfg.data), cfg.text, hm.tokenizer, part=whole)
-
-
-def _dictionary(cfg: TrainConfig, d_in: int) -> TopKSAE:
-    options = cfg.dictionary
-    d_sae, k = options.sizes(d_in)
-    return TopKSAE(
-        TopKConfig(d_in=d_in, d_sae=d_sae, k=k),
-        k_aux=options.k_aux,
-        aux_coef=options.aux_coef,
-        unit_norm=options.unit_norm,
-    )
 
 
 def _vector_site(name: str, shapes: dict[Site, Any]) -> tuple[Site, Any]:

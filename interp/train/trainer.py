@@ -2,12 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +17,15 @@ from interp.train.checkpoint import moments, random_states, restore_moments, res
 from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
 
-__all__ = ["DictionaryFit", "Training", "TrainingError", "default_lr", "deterministic", "train_dictionary"]
+__all__ = [
+    "DictionaryFit",
+    "Training",
+    "TrainingError",
+    "default_lr",
+    "deterministic",
+    "run_fits",
+    "train_dictionary",
+]
 
 _SAMPLE_TOKENS = 16_384  # what the first weights and the scale are taken from
 
@@ -34,6 +41,7 @@ class Training:
         tokens: tokens seen.
         stopped: True when it was asked to stop before its end.
         scale: what activations were multiplied by while training; folded into the weights.
+        target_scale: the same of what is reconstructed, where that is another site's.
         seconds: wall time since the fit was made.
         last: the last line of metrics.
         resumed_at: tokens that an earlier fit, from which this one went on, had seen.
@@ -43,6 +51,7 @@ class Training:
     tokens: int
     stopped: bool
     scale: float
+    target_scale: float
     seconds: float
     last: dict[str, int | float]
     resumed_at: int = 0
@@ -83,7 +92,7 @@ def train_dictionary(
         dictionary: an untrained dictionary on its device; its first weights are drawn here.
         options: how to fit.
         seed: of the first weights, and of what the loss may draw.
-        log: called with each line of metrics: step, tokens, fvu, l0, aux, dead (shares), lr, tokens_per_s.
+        log: called with each line of metrics: step, tokens, fvu, l0, aux, penalty, dead (shares), lr, tokens_per_s.
         should_stop: asked before each step; when it says True, the fit ends there and `stopped` is set.
         progress: show a progress bar on stderr.
         name: of the site, for the bar and for errors.
@@ -117,17 +126,18 @@ class DictionaryFit:
         d_sae = dictionary.cfg.d_sae
         self.lr = default_lr(d_sae) if options.lr is None else options.lr
         self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=self.lr, fused=True)
-        self.steps, self.tokens, self.scale, self.lr_now = 0, 0, 1.0, 0.0
+        self.steps, self.tokens, self.lr_now = 0, 0, 0.0
+        self.scale = self.target_scale = 1.0
         self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
-        self.sums = torch.zeros(3, device=self.device)
+        self.sums = torch.zeros(4, device=self.device)
         self.reported = 0
         self.last: dict[str, int | float] = {}
         self.began = self.marked = time.perf_counter()
         self.resumed_at = self.marked_tokens = 0
         self._ahead: list[Batch] = []
         self._random: dict[str, Tensor] = {}
-        self._stopped = False
+        self.stopped = False
 
     @property
     def site(self) -> str:
@@ -169,45 +179,20 @@ class DictionaryFit:
             DataError: no batch came.
             TrainingError: the loss is not finite.
         """
-        asked, wanted, stream = should_stop or _never, save_wanted or _never, iter(batches)
-        bar = tqdm(
-            total=self.options.tokens,
-            initial=min(self.tokens, self.options.tokens),
-            unit="tok",
-            unit_scale=True,
-            desc=self.name,
-            file=sys.stderr,
-            disable=not progress,
-        )
-        with deterministic(self.options.deterministic), own_randomness(self.device, self.seed), bar:
-            if self._random:
-                restore_random_states(self._random, self.device)
-            if not self.steps:
-                self._begin(stream, asked)
-            while not (self.complete or asked()) and (batch := self._next(stream)) is not None:
-                self.step(batch)
-                bar.update(len(batch.x))
-                if self.steps % self.options.log_every == 0:
-                    self.report(log, bar)
-                # The end is saved below.
-                if save is not None and not self.complete and (self._due() or wanted()):
-                    self.check()
-                    save()
-            self.check()
-            if save is not None:
-                save()
-            self.report(log, bar)
-            self._stopped = not self.complete and asked()
+        logs = None if log is None else [log]
+        together = ([batch] for batch in batches)
+        run_fits([self], together, logs, save=save, save_wanted=save_wanted, should_stop=should_stop, progress=progress)
 
     def finish(self) -> Training:
         """Fold the input scale and say what the fit came to; after it, the dictionary is of raw activations."""
-        self.dictionary.fold_scale(self.scale)
+        self.dictionary.fold_scale(self.scale, self.target_scale)
         self.dictionary.eval().requires_grad_(False)
         return Training(
             steps=self.steps,
             tokens=self.tokens,
-            stopped=self._stopped,
+            stopped=self.stopped,
             scale=self.scale,
+            target_scale=self.target_scale,
             seconds=time.perf_counter() - self.began,
             last=self.last,
             resumed_at=self.resumed_at,
@@ -215,7 +200,7 @@ class DictionaryFit:
 
     def record(self) -> dict[str, Any]:
         """Return the counters as plain JSON."""
-        names = ("steps", "tokens", "scale", "lr_now", "reported", "last")
+        names = ("steps", "tokens", "scale", "target_scale", "lr_now", "reported", "last")
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -232,7 +217,8 @@ class DictionaryFit:
     def restore(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go back to what `record` and `tensors` gave; names and shapes are those of this dictionary."""
         self.steps, self.tokens, self.reported = (int(record[name]) for name in ("steps", "tokens", "reported"))
-        self.scale, self.lr_now, self.last = float(record["scale"]), float(record["lr_now"]), dict(record["last"])
+        self.scale, self.target_scale = float(record["scale"]), float(record["target_scale"])
+        self.lr_now, self.last = float(record["lr_now"]), dict(record["last"])
         self.resumed_at = self.marked_tokens = self.tokens
         for name, value in self.dictionary.state_dict().items():
             value.copy_(tensors[f"weights.{name}"])
@@ -241,33 +227,59 @@ class DictionaryFit:
         self.last_fired.copy_(tensors["last_fired"])
         self._random = {name: value for name, value in tensors.items() if name.startswith("rng.")}
 
-    def _begin(self, batches: Iterator[Batch], asked: Callable[[], bool]) -> None:
-        """Draw scale and first weights from the first batches, which are trained on afterwards."""
-        while sum(len(b.x) for b in self._ahead) < _SAMPLE_TOKENS and (batch := next(batches, None)) is not None:
-            self._ahead.append(batch)
-        if not self._ahead and asked():
-            return
+    def begin(self, first: Sequence[Batch]) -> None:
+        """Draw scale and first weights from the first batches, which are trained on afterwards.
+
+        Raises:
+            DataError: there are none.
+            TrainingError: activations are all zero, or not finite.
+        """
+        self._ahead = list(first)
         if not self._ahead:
             raise DataError(f"no batch of activations came for {self.site}; its text has no tokens that count")
-        sample = torch.cat([_counted(b) for b in self._ahead]).to(self.device, torch.float32)
+        sample = self._sample("x")
+        assert sample is not None
+        target = self._sample("target")
         if self.options.normalize:
-            norm = float(sample.norm(dim=-1).double().mean())
-            if not 0 < norm < float("inf"):
-                raise TrainingError(f"activations at {self.site} have mean norm {norm}; they cannot be scaled")
-            self.scale = sample.shape[1] ** 0.5 / norm
-        self.dictionary.init_from(sample * self.scale, seed=self.seed)
+            self.scale = self._scale_of(sample)
+            self.target_scale = self.scale if target is None else self._scale_of(target)
+        given = None if target is None else target * self.target_scale
+        self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
-        return self._ahead.pop(0) if self._ahead else next(batches, None)
+    def restore_randomness(self) -> None:
+        """Put back the random states of the saved step, if this fit went back to one."""
+        if self._random:
+            restore_random_states(self._random, self.device)
 
-    def _due(self) -> bool:
+    def _sample(self, name: str) -> Tensor | None:
+        """What the first batches have of inputs or targets, at the tokens that count."""
+        parts = [
+            part if b.mask is None else part[b.mask] for b in self._ahead if (part := getattr(b, name)) is not None
+        ]
+        return None if not parts else torch.cat(parts).to(self.device, torch.float32)
+
+    def _scale_of(self, sample: Tensor) -> float:
+        norm = float(sample.norm(dim=-1).double().mean())
+        if not 0 < norm < float("inf"):
+            raise TrainingError(f"activations at {self.site} have mean norm {norm}; they cannot be scaled")
+        return sample.shape[1] ** 0.5 / norm
+
+    def taken(self) -> Batch:
+        """The next of the batches that the first weights were drawn from."""
+        return self._ahead.pop(0)
+
+    def due(self) -> bool:
+        """Whether a state is to be saved after this step."""
         every = self.options.checkpoint_steps
         return every > 0 and self.steps % every == 0
 
     def step(self, batch: Batch) -> None:
         """One optimiser step."""
-        x, target = self._scaled(batch.x), None if batch.target is None else self._scaled(batch.target)
-        losses = self.dictionary.loss(replace(batch, x=x, target=target), dead=self._dead())
+        self.dictionary.at(self.tokens / self.options.tokens)
+        x = self._scaled(batch.x, self.scale)
+        target = None if batch.target is None else self._scaled(batch.target, self.target_scale)
+        grad = None if batch.grad is None else self._scaled(batch.grad, 1 / self.scale)
+        losses = self.dictionary.loss(replace(batch, x=x, target=target, grad=grad), dead=self._dead())
         losses.total.backward()
         self.dictionary.before_step()
         torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.options.grad_clip)
@@ -279,9 +291,9 @@ class DictionaryFit:
         self.dictionary.after_step()
         self._count(losses, len(x))
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Tensor, scale: float) -> Tensor:
         # From pinned memory nothing waits for the copy; the conversion is the device's.
-        return x.to(self.device, non_blocking=True).float() * self.scale
+        return x.to(self.device, non_blocking=True).float() * scale
 
     def check(self) -> None:
         """Refuse to go on from a loss that is not finite.
@@ -295,7 +307,7 @@ class DictionaryFit:
                 "saved after it. Lower lr and begin anew, or look for activations that are not finite"
             )
 
-    def report(self, log: _Log | None, bar: "tqdm[Any]") -> None:
+    def report(self, log: _Log | None) -> None:
         """Read the sums since the last report, stop if a loss was not finite, and say how it goes."""
         n = self.steps - self.reported
         if n == 0:
@@ -307,20 +319,20 @@ class DictionaryFit:
             self.check()
         now = time.perf_counter()
         speed = (self.tokens - self.marked_tokens) / max(now - self.marked, 1e-9)
-        fvu, aux, l0, dead_share = values
+        fvu, aux, l0, penalty, dead_share = values
         self.last = {
             "step": self.steps,
             "tokens": self.tokens,
             "fvu": fvu,
             "l0": l0,
             "aux": aux,
+            "penalty": penalty,
             "dead": dead_share,
             "lr": self.lr_now,
             "tokens_per_s": speed,
         }
         self.reported, self.marked, self.marked_tokens = self.steps, now, self.tokens
         self.sums.zero_()
-        bar.set_postfix(fvu=f"{fvu:.3f}", l0=f"{l0:.1f}", dead=f"{dead_share:.1%}")
         if log is not None:
             log(self.last)
 
@@ -341,14 +353,93 @@ class DictionaryFit:
     @torch.no_grad()
     def _count(self, losses: Losses, n: int) -> None:
         self.first_bad = torch.where((self.first_bad < 0) & ~losses.total.isfinite(), self.steps, self.first_bad)
-        self.sums += torch.stack([losses.fvu.float(), losses.aux.float(), losses.l0.float()])
+        self.sums += torch.stack([losses.fvu.float(), losses.aux.float(), losses.l0.float(), losses.penalty.float()])
         self.steps, self.tokens = self.steps + 1, self.tokens + n
         self.last_fired = torch.where(losses.fired > 0, self.tokens, self.last_fired)
 
 
+def run_fits(
+    fits: Sequence[DictionaryFit],
+    batches: Iterable[Sequence[Batch]],
+    logs: Sequence[_Log] | None = None,
+    *,
+    save: Callable[[], None] | None = None,
+    save_wanted: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    progress: bool = True,
+) -> None:
+    """Take steps of several fits together, one batch each of the same tokens; otherwise as `DictionaryFit.run`.
+
+    Memory: that of every fit, and of one batch.
+
+    Args:
+        fits: they have the same number of tokens, batch size and intervals of logs and checkpoints.
+        batches: for each step, one batch per fit.
+        logs: for each fit, what is called with its lines of metrics.
+        save, save_wanted, should_stop, progress: as for `DictionaryFit.run`.
+
+    Raises:
+        DataError: no batch came.
+        TrainingError: a loss is not finite.
+    """
+    asked, wanted, stream, first = should_stop or _never, save_wanted or _never, iter(batches), fits[0]
+    options = first.options
+    bar = tqdm(
+        total=options.tokens,
+        initial=min(first.tokens, options.tokens),
+        unit="tok",
+        unit_scale=True,
+        desc=first.name if len(fits) == 1 else f"{len(fits)} dictionaries",
+        file=sys.stderr,
+        disable=not progress,
+    )
+
+    def report() -> None:
+        for number, fit in enumerate(fits):
+            fit.report(None if logs is None else logs[number])
+        if first.last:
+            fvu, l0, dead = (sum(float(fit.last[name]) for fit in fits) / len(fits) for name in ("fvu", "l0", "dead"))
+            bar.set_postfix(fvu=f"{fvu:.3f}", l0=f"{l0:.1f}", dead=f"{dead:.1%}")
+
+    def check() -> None:
+        for fit in fits:
+            fit.check()
+
+    with deterministic(options.deterministic), own_randomness(first.device, first.seed), bar:
+        first.restore_randomness()
+        if not first.steps:
+            _begin(fits, stream, asked)
+        while not (first.complete or asked()):
+            given = [fit.taken() for fit in fits] if first.ahead else next(stream, None)
+            if given is None:
+                break
+            for fit, batch in zip(fits, given, strict=True):
+                fit.step(batch)
+            bar.update(len(given[0].x))
+            if first.steps % options.log_every == 0:
+                report()
+            # The end is saved below.
+            if save is not None and not first.complete and (first.due() or wanted()):
+                check()
+                save()
+        check()
+        if save is not None:
+            save()
+        report()
+        for fit in fits:
+            fit.stopped = not fit.complete and asked()
+
+
+def _begin(fits: Sequence[DictionaryFit], stream: Iterator[Sequence[Batch]], asked: Callable[[], bool]) -> None:
+    """Draw the first weights of every fit from the first batches, unless it was asked to stop before there are any."""
+    held: list[Sequence[Batch]] = []
+    while sum(len(given[0].x) for given in held) < _SAMPLE_TOKENS and (given := next(stream, None)) is not None:
+        held.append(given)
+    if not held and asked():
+        return
+    for number, fit in enumerate(fits):
+        fit.begin([given[number] for given in held])
+
+
 def _never() -> bool:
     return False
-
-
-def _counted(batch: Batch) -> Float[Tensor, "token d_in"]:
-    return batch.x if batch.mask is None else batch.x[batch.mask]

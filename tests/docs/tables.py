@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import importlib
 import inspect
 import re
 import sys
@@ -13,8 +12,7 @@ from typing import get_args
 import interp
 import tests.source as source
 from interp.cli.main import VERBS
-from interp.dictionaries.base import ARCHITECTURES
-from interp.train.config import DictionaryOptions
+from interp.dictionaries.options import DictionaryOptions
 
 README = source.REPO / "README.md"
 
@@ -36,8 +34,7 @@ def dictionaries() -> str:
     """The architectures that `dictionary.kind` names, a row each."""
     rows = []
     for kind in get_args(DictionaryOptions.model_fields["kind"].annotation):
-        module, name = ARCHITECTURES[kind]
-        text = inspect.getdoc(getattr(importlib.import_module(module), name)) or ""
+        text = inspect.getdoc(type(DictionaryOptions(kind=kind).make(8))) or ""
         rows.append((f"`{kind}`", _sentence(text), _origin(text)))
     return _table(("`--dictionary.kind`", "what it is", "source"), rows)
 

@@ -85,7 +85,7 @@ def test_a_block_that_cannot_be_compiled_is_named(hm: interp.HookManager, monkey
 
     monkeypatch.setattr(torch, "compile", refused)
     blocks = CompiledBlocks(hm, [Site("0.resid_post")])
-    with pytest.raises(interp.ModelError, match="cannot compile.*Leave compile off"), blocks.active():
+    with pytest.raises(interp.ModelError, match=r"cannot compile.*Leave compile off"), blocks.active():
         hm.run(torch.arange(5, 9)[None], read="0.resid_post")
 
 

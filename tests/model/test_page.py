@@ -55,10 +55,10 @@ class TableSAE(SAE):
     def loss(self, batch: Batch, *, dead: Bool[Tensor, "d_sae"] | None = None) -> Losses:
         raise NotImplementedError
 
-    def init_from(self, x: Float[Tensor, "token d_in"], *, seed: int) -> None:
+    def init_from(self, x: Float[Tensor, "token d_in"], *, seed: int, target: Tensor | None = None) -> None:
         raise NotImplementedError
 
-    def fold_scale(self, scale: float) -> None:
+    def fold_scale(self, scale: float, target_scale: float | None = None) -> None:
         raise NotImplementedError
 
     @classmethod

@@ -90,10 +90,10 @@ def test_the_saved_settings_are_those_that_sae_lens_writes(tmp_path: Path) -> No
 
 
 def test_what_has_no_counterpart_is_refused() -> None:
-    from sae_lens import StandardSAE, StandardSAEConfig
+    from sae_lens import MatchingPursuitSAE, MatchingPursuitSAEConfig
 
-    with pytest.raises(ArtifactError, match="'standard' has no counterpart"):
-        from_sae_lens(StandardSAE(StandardSAEConfig(d_in=4, d_sae=8)))
+    with pytest.raises(ArtifactError, match="'matching_pursuit' has no counterpart"):
+        from_sae_lens(MatchingPursuitSAE(MatchingPursuitSAEConfig(d_in=4, d_sae=8, residual_threshold=0.1)))
     theirs = to_sae_lens(random_sae({}))
     theirs.cfg.normalize_activations = "layer_norm"
     with pytest.raises(ArtifactError, match="normalize_activations='layer_norm'"):

@@ -10,8 +10,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp.core.errors import ConfigError, ShapeError
-from interp.dictionaries import kernels
-from interp.dictionaries.kernels import decode_codes, encode_topk
+from interp.dictionaries import kernels, select
+from interp.dictionaries.kernels import decode_codes
+from interp.dictionaries.select import Encoder, encode_topk
 
 NAMES = ("x", "W_enc", "b_enc", "centre", "W_dec")
 
@@ -29,8 +30,16 @@ def cast(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: value.detach().to(dtype).requires_grad_() for name, value in given.items()}
 
 
+def encode(
+    given: dict[str, Tensor], k: int, scale: Tensor | None = None, **dead: Any
+) -> tuple[kernels.Codes, kernels.Codes | None]:
+    score = None if scale is None else lambda pre, _: pre * scale
+    encoder = Encoder(given["W_enc"], given["b_enc"], given["centre"], score=score, **dead)
+    return encode_topk(given["x"], encoder, k=k)
+
+
 def sparse(given: dict[str, Tensor], k: int, **more: Any) -> Tensor:
-    codes, _ = encode_topk(given["x"], given["W_enc"], given["b_enc"], k=k, centre=given["centre"], **more)
+    codes, _ = encode(given, k, **more)
     return decode_codes(codes.values.relu(), codes, given["W_dec"])
 
 
@@ -95,7 +104,7 @@ def test_gradients_are_the_slopes_of_the_function() -> None:
 
 def test_values_have_gradients_of_their_own() -> None:
     given = weights(16, 6, 20)
-    codes, _ = encode_topk(given["x"], given["W_enc"], given["b_enc"], k=3, centre=given["centre"])
+    codes, _ = encode(given, 3)
     pre = (given["x"] - given["centre"]) @ given["W_enc"] + given["b_enc"]
     wanted = [given[name] for name in NAMES[:4]]
     ours = torch.autograd.grad(codes.values.pow(3).sum(), wanted)
@@ -105,7 +114,7 @@ def test_values_have_gradients_of_their_own() -> None:
 
 def test_the_gradient_of_the_centre_does_not_lose_digits_over_many_latents() -> None:
     given = cast(weights(32, 16, 49152), torch.float32)
-    codes, _ = encode_topk(given["x"], given["W_enc"], given["b_enc"], k=1500, centre=given["centre"])
+    codes, _ = encode(given, 1500)
     pull = torch.randn_like(codes.values)
     bias, centre = torch.autograd.grad((codes.values * pull).sum(), [given["b_enc"], given["centre"]])
     # One long float32 sum is off by more than 1e-6 here.
@@ -134,7 +143,7 @@ def test_an_orthonormal_dictionary_gives_back_what_was_planted_and_no_gradient_t
     given |= {"W_dec": rows.requires_grad_(), "W_enc": rows.detach().T.clone().requires_grad_()}
     given |= {"b_enc": torch.zeros(16, dtype=torch.float64).requires_grad_()}
     given["x"] = (planted @ rows + given["centre"]).detach().requires_grad_()
-    codes, _ = encode_topk(given["x"], given["W_enc"], given["b_enc"], k=3, centre=given["centre"])
+    codes, _ = encode(given, 3)
     assert torch.equal(codes.index.sort().values, (planted > 0).nonzero()[:, 1].view(50, 3))
     out = sparse(given, 3)
     torch.testing.assert_close(out + given["centre"], given["x"])
@@ -168,9 +177,7 @@ def test_a_second_choice_is_made_among_dead_latents(n_dead: int) -> None:
     given, dead = weights(32, 6, 20), torch.arange(20) % 20 < n_dead
 
     def encoded() -> tuple[kernels.Codes, kernels.Codes]:
-        codes, revived = encode_topk(
-            given["x"], given["W_enc"], given["b_enc"], k=3, centre=given["centre"], dead=dead, k_dead=5
-        )
+        codes, revived = encode(given, 3, dead=dead, k_dead=5)
         assert revived is not None
         return codes, revived
 
@@ -189,7 +196,7 @@ def test_a_second_choice_is_made_among_dead_latents(n_dead: int) -> None:
 
 
 def sparse_values(given: dict[str, Tensor], k: int) -> Tensor:
-    return encode_topk(given["x"], given["W_enc"], given["b_enc"], k=k, centre=given["centre"])[0].values
+    return encode(given, k)[0].values
 
 
 def test_no_tokens_give_no_codes_and_zero_gradients() -> None:
@@ -218,7 +225,7 @@ def test_memory_does_not_grow_with_tokens_times_latents(monkeypatch: pytest.Monk
     given, dead = weights(300, 8, 400), torch.arange(400) < 90
     more: dict[str, Any] = {"dead": dead, "k_dead": 4, "scale": torch.ones(400, dtype=torch.float64)}
     at_once = gradients(sparse(given, 4, **more), given)
-    monkeypatch.setattr(kernels, "_CHUNK_BYTES", {"cpu": 7 * 400 * 8})
+    monkeypatch.setattr(select, "_CHUNK_BYTES", {"cpu": 7 * 400 * 8})
     with _Largest() as largest:
         in_chunks = gradients(sparse(given, 4, **more), given)
     # The weights (8 · 400) and the entries' rows, but 120 000 pre-activations at no time.
@@ -250,9 +257,7 @@ def only_deterministic() -> Iterator[None]:
 
 
 def both_choices(given: dict[str, Tensor], dead: Tensor) -> list[Tensor]:
-    codes, revived = encode_topk(
-        given["x"], given["W_enc"], given["b_enc"], k=4, centre=given["centre"], dead=dead, k_dead=9
-    )
+    codes, revived = encode(given, 4, dead=dead, k_dead=9)
     assert revived is not None
     out = decode_codes(codes.values.relu(), codes, given["W_dec"])
     out = out + decode_codes(revived.values, revived, given["W_dec"])
@@ -287,11 +292,14 @@ def test_a_gpu_gives_the_same_without_waiting_for_the_host(monkeypatch: pytest.M
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_encoded_is_refused() -> None:
     given = weights(5, 6, 20)
-    W_enc, b_enc = given["W_enc"], given["b_enc"]
+    encoder = Encoder(given["W_enc"], given["b_enc"])
     with pytest.raises(ShapeError, match=r"shape \(5, 7\) for an encoder of d_in 6"):
-        encode_topk(torch.zeros(5, 7), W_enc, b_enc, k=3)
+        encode_topk(torch.zeros(5, 7), encoder, k=3)
     with pytest.raises(ShapeError, match=r"give \[token 6\]"):
-        encode_topk(torch.zeros(2, 5, 6), W_enc, b_enc, k=3)
-    for k, k_dead in ((0, 1), (21, 1), (3, 0), (3, 21)):
-        with pytest.raises(ConfigError, match=rf"k is {k} and k_dead {k_dead} for 20 latents"):
-            encode_topk(given["x"], W_enc, b_enc, k=k, dead=torch.ones(20, dtype=torch.bool), k_dead=k_dead)
+        encode_topk(torch.zeros(2, 5, 6), encoder, k=3)
+    for k in (0, 21):
+        with pytest.raises(ConfigError, match=rf"k is {k} for 20 latents"):
+            encode(given, k)
+    for k_dead in (0, 21):
+        with pytest.raises(ConfigError, match=rf"k_dead is {k_dead} for 20 latents"):
+            encode(given, 3, dead=torch.ones(20, dtype=torch.bool), k_dead=k_dead)

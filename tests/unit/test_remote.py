@@ -1,13 +1,16 @@
 """Stores on other file systems: what is sent, in which order, what is fetched, kept and refused."""
 
 import fcntl
+import functools
 import itertools
 import json
 import threading
+import time
 import uuid
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import interp.data.remotefolder as remotefolder
 from interp.core.errors import ArtifactError, ConfigError, InterpError
 from interp.data.codec import codec_named
 from interp.data.manifest import Manifest, SiteLayout, TextLayout
-from interp.data.remote import RemoteStore, Uploader, open_remote, upload_store
+from interp.data.remote import RemoteStore, Uploader, check_destination, open_remote, upload_store
 from interp.data.shard import ShardWriter
 from interp.data.stored import StoredActivations
 from interp.data.storefolder import StoreFolder
@@ -298,6 +301,193 @@ def test_an_empty_shard_is_a_shard(tmp_path: Path, url: str) -> None:
     upload_store(folder, url, progress=False)
     far = open_remote(url, tmp_path / "cache", **SMALL)
     assert torch.equal(far.column("ids"), StoredActivations(folder, **SMALL).column("ids"))
+
+
+# -- reading ahead ----------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Notes which shards are fetched, by which thread, and which windows streams have told of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fetched: list[int] = []
+        self.windows: list[tuple[list[int], list[int]]] = []
+        self.threads: list[threading.Thread] = []
+        self.before: Callable[[int], None] = lambda number: None
+        plain, told, watch = MemoryFileSystem.get, RemoteStore._window, self
+
+        def get(fs: Any, there: list[str], here: list[str]) -> None:
+            number = int(there[0].split("/")[-2])
+            watch.fetched.append(number)
+            watch.threads.append(threading.current_thread())
+            watch.before(number)
+            plain(fs, there, here)
+
+        def window(store: RemoteStore, now: list[int], following: list[int]) -> None:
+            watch.windows.append((now, following))
+            told(store, now, following)
+
+        monkeypatch.setattr(MemoryFileSystem, "get", get)
+        monkeypatch.setattr(RemoteStore, "_window", window)
+
+
+def until(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("waited for too long")
+
+
+def test_the_next_window_is_fetched_while_one_is_served(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A window is one shard. Fetching one ahead waits until the window before it is served, and serving it waits until
+    # that has begun: so all of this ends only where the two go side by side, each time.
+    folder = made(tmp_path / "store", 10)
+    upload_store(folder, url, progress=False)
+    limit = 6 * max(sizes(folder))  # a window reads some of those before it, too, as rows are left of them
+    far, watch = open_remote(url, tmp_path / "cache", cache_bytes=limit, **SMALL), Watch(monkeypatch)
+    began, served, together, plain = set[int](), set[int](), [], RemoteStore.gather
+
+    def before(number: int) -> None:
+        began.add(number)
+        for now, following in watch.windows:
+            if following == [number]:
+                until(functools.partial(served.issuperset, now[:1]))
+                together.append(number)
+
+    def gather(store: RemoteStore, index: Any) -> Any:
+        now, following = watch.windows[-1]
+        served.add(now[0])
+        until(lambda: set(following) <= began)
+        assert all((tmp_path / "cache" / "shards" / f"{n:06d}").is_dir() for n in now)
+        return plain(store, index)
+
+    watch.before = before
+    monkeypatch.setattr(RemoteStore, "gather", gather)
+    assert_equal_batches(StoredActivations(folder, **SMALL), far, tmp_path / "cache", limit)
+    order = [now[0] for now, _ in watch.windows]
+    assert together == order[1:] and sorted(order) == [*range(10)]
+    assert watch.fetched == order and far.fetched_bytes == sum(sizes(folder))  # none twice, as they are needed
+
+
+@pytest.mark.parametrize("shards", [3, 7, 9])
+@pytest.mark.usefixtures("quiet")
+def test_what_is_read_ahead_takes_no_room_from_what_is_read(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    # Three shards a window: of the next one as much is fetched as the cache has room for.
+    folder = made(tmp_path / "store", 9)
+    upload_store(folder, url, progress=False)
+    limit, watch = shards * max(sizes(folder)), Watch(monkeypatch)
+    large: dict[str, Any] = {"batch_size": 16, "buffer_tokens": 3072, "seed": 1}
+    far, plain = open_remote(url, tmp_path / "cache", cache_bytes=limit, **large), RemoteStore.gather
+
+    def gather(store: RemoteStore, index: Any) -> Any:
+        count = watch.threads.count(threading.current_thread())
+        found = plain(store, index)
+        if shards == 9:
+            assert all((tmp_path / "cache" / "shards" / f"{n:06d}").is_dir() for n in watch.windows[-1][0])
+            assert watch.threads.count(threading.current_thread()) == count  # all was here
+        return found
+
+    monkeypatch.setattr(RemoteStore, "gather", gather)
+    assert_equal_batches(StoredActivations(folder, **large), far, tmp_path / "cache", limit)
+    assert shards < 9 or sorted(watch.fetched) == [*range(9)]
+
+
+def test_shards_of_no_window_go_first_then_those_of_the_next(tmp_path: Path, url: str) -> None:
+    folder, cache = made(tmp_path / "store"), tmp_path / "cache"
+    upload_store(folder, url, progress=False)
+    far = open_remote(url, cache, cache_bytes=sum(sizes(folder)[:3]), **SMALL)
+    starts, one, other = far.offsets.tolist(), threading.Event(), threading.Event()
+
+    def here() -> set[int]:
+        return {int(p.name) for p in (cache / "shards").glob("[0-9]*")}
+
+    far.rows(torch.tensor([starts[5]]))
+    list(far._cache.ahead(one, [0, 1], [2, 3]))
+    assert here() == {0, 1, 2}  # 5 went, and nothing goes for 3
+    far.rows(torch.tensor([starts[4]]))
+    assert here() == {0, 1, 4}
+    list(far._cache.ahead(other, [3], [0]))
+    assert here() == {0, 1, 3}  # 4, used last, is the only one that nobody's window has
+    del one
+    list(far._cache.ahead(other, [2], [0]))
+    assert here() == {0, 2, 3}  # of 1 and 3, which nobody has any more, the one used longest ago
+
+
+def test_what_cannot_be_read_ahead_is_an_error_where_it_is_needed(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path / "store", 6)
+    upload_store(folder, url, progress=False)
+    expected = [batch.x for batch in StoredActivations(folder, **SMALL).batches(x="0.resid_post")]
+    far, watch = open_remote(url, tmp_path / "cache", **SMALL), Watch(monkeypatch)
+
+    def before(number: int) -> None:
+        if len(watch.windows) >= 3 and number in watch.windows[2][1]:
+            raise ConnectionResetError("the network is gone")
+
+    watch.before, found = before, []
+    with pytest.raises(ArtifactError, match=r"cannot be copied to .*: ConnectionResetError the network is gone"):
+        for batch in far.batches(x="0.resid_post"):
+            found.append(batch.x)
+    rows = sum(far.shards[now[0]].tokens for now, _ in watch.windows[:3])
+    assert len(found) == rows // 16 > 3
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=False))
+
+
+def test_reading_ahead_ends_with_its_stream(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path / "store", 9)
+    upload_store(folder, url, progress=False)
+    before, go = set(threading.enumerate()), threading.Event()
+    far, watch = open_remote(url, tmp_path / "cache", batch_size=16, buffer_tokens=3072), Watch(monkeypatch)
+    watch.before = lambda number: None if number in watch.windows[0][0] else until(go.is_set)
+    stream = far.batches(x="0.resid_post")
+    next(stream)
+    until(lambda: len(watch.fetched) == 4)
+    del stream
+    until(lambda: not far._cache._windows)
+    go.set()
+    until(lambda: set(threading.enumerate()) <= before)
+    assert len(watch.fetched) == 4  # of the next three shards the one that was under way
+    assert not list((tmp_path / "cache" / "shards").glob(".*"))
+
+
+def test_readers_at_once_fetch_nothing_twice(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path / "store")
+    upload_store(folder, url, progress=False)
+    watch, plain = Watch(monkeypatch), StoredActivations(folder, **SMALL)
+    watch.before = lambda number: time.sleep(0.02)
+    stores = [open_remote(url, tmp_path / "cache", **SMALL) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for found in pool.map(lambda store: [b.x for b in store.batches(x="0.resid_post")], stores):
+            assert all(torch.equal(a.x, b) for a, b in zip(plain.batches(x="0.resid_post"), found, strict=True))
+    assert sorted(watch.fetched) == [*range(6)]
+    assert sum(store.fetched_bytes for store in stores) == sum(sizes(folder))
+
+
+def test_what_a_dead_reader_was_fetching_is_removed_and_what_a_living_one_is_not(tmp_path: Path, url: str) -> None:
+    folder, cache = made(tmp_path / "store"), tmp_path / "cache"
+    upload_store(folder, url, progress=False)
+    open_remote(url, cache, **SMALL)
+    dead, living = (cache / "shards" / f".00000{n}.x.tmp" for n in (3, 4))
+    for draft in (dead, living):
+        draft.mkdir()
+        (draft / "ids.int32").write_bytes(b"half")
+    with (cache / "locks" / "000004").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        far = open_remote(url, cache, cache_bytes=sum(sizes(folder)[:5]), **SMALL)
+        assert not dead.exists() and living.exists()
+        # What it will take counts: four others have room beside it, and of five two go.
+        starts = far.offsets.tolist()
+        for number, left in ((0, 1), (1, 2), (2, 3), (3, 4), (5, 3)):
+            far.rows(torch.tensor([starts[number]]))
+            assert len(list((cache / "shards").glob("0*"))) == left
+    far.rows(torch.tensor([starts[4]]))
+    assert not living.exists()
 
 
 # -- damage and malice ------------------------------------------------------------------------------------------
@@ -585,7 +775,7 @@ def test_an_uploader_says_at_the_end_what_went_wrong(tmp_path: Path, url: str, m
         raise RuntimeError("a driver's own error")
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", broken)
-    with pytest.raises(RuntimeError, match="a driver's own error"):
+    with pytest.raises(ArtifactError, match=r"cannot be written .*: RuntimeError a driver's own error"):
         Uploader(folder, url).finish()
     with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
         Uploader(tmp_path / "nothing", url).finish()
@@ -614,3 +804,97 @@ def test_a_shard_that_is_nowhere_is_named(tmp_path: Path, url: str) -> None:
     fs.rm(f"{url}/shards/000004", recursive=True)
     with pytest.raises(ArtifactError, match=r"000004/ids\.int32 is missing, and .* lacks this shard"):
         upload_store(folder, url, progress=False)
+
+
+# -- what is told before and after ------------------------------------------------------------------------------
+
+
+def test_a_place_that_cannot_take_a_store_is_refused_before_there_is_one(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = tmp_path / "far" / "away"
+    assert check_destination(tmp_path / "store", new) == f"file://{new}"
+    check_destination(tmp_path / "store", url)
+    assert not list(tmp_path.iterdir()) and not tree(url)  # looked at, and left as it was
+    for place in (tmp_path / "store", tmp_path / "store" / "x", tmp_path):
+        with pytest.raises(ConfigError, match="lie in each other"):
+            check_destination(tmp_path / "store", place)
+    with pytest.raises(ConfigError, match="Protocol not known: nowhere"):
+        check_destination(tmp_path / "store", "nowhere://x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".manifest.json.1.tmp").touch()
+    check_destination(tmp_path / "store", tmp_path / "full")  # a draft of somebody who was killed
+    (tmp_path / "full" / "photo.png").touch()
+    with pytest.raises(ArtifactError, match=r"holds photo\.png, which is no store"):
+        check_destination(tmp_path / "store", tmp_path / "full")
+    upload_store(made(tmp_path / "store", 1), url, progress=False)
+    check_destination(tmp_path / "store", url, manifest())
+    with pytest.raises(ArtifactError, match="another store than"):
+        check_destination(tmp_path / "store", url, manifest(model="large"))
+
+    def no(*args: Any) -> None:
+        raise PermissionError("read only")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", no)
+    with pytest.raises(ArtifactError, match=r"cannot be written .*: PermissionError read only"):
+        check_destination(tmp_path / "store", f"{url}-new")
+
+
+def test_one_uploader_of_a_folder_sends_and_another_takes_over(tmp_path: Path, url: str) -> None:
+    folder = made(tmp_path / "store")
+    with (folder / "locks" / "sender").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        told = Uploader(folder, url).finish()
+        assert told.status == "others" and "another process" in told.summary() and not tree(url)
+        waiting = Uploader(folder, url)
+        threading.Event().wait(0.05)
+        assert not tree(url)
+    until(lambda: "/shards/000005/shard.json" in tree(url))
+    assert (waiting.finish().status, waiting.finish().shards) == ("complete", 6)
+
+
+def test_waiting_for_the_last_shards_can_be_stopped(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, plain, stop = made(tmp_path / "store"), MemoryFileSystem.put_file, threading.Event()
+
+    def put(self: Any, here: str, there: str, **kwargs: Any) -> None:
+        if "000002" in there:
+            stop.set()
+            threading.Event().wait(0.05)
+        plain(self, here, there, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    told = Uploader(folder, url).finish(should_stop=stop.is_set)
+    assert (told.status, told.shards) == ("stopped", 3) and "still to be sent" in told.summary()
+    told = Uploader(folder, url).finish()
+    assert (told.status, told.shards, told.there) == ("complete", 3, 3) and tree(url) == sent(folder)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URL of a bucket of a server like S3, on this machine."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    kept = dict(fsspec.config.conf)
+    address = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    fsspec.config.conf["s3"] = {"endpoint_url": address, "key": "k", "secret": "s"}
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket"
+    fsspec.config.conf.clear()
+    fsspec.config.conf.update(kept)
+    server.stop()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_a_store_goes_to_s3_and_comes_back(tmp_path: Path, bucket: str) -> None:
+    folder, url = tmp_path / "store", f"{bucket}/{uuid.uuid4().hex}"
+    check_destination(folder, url, manifest())
+    reference = made(tmp_path / "reference")
+    with Uploader(folder, url, keep_local=False) as uploader:
+        made(folder)
+    assert uploader.finish().status == "complete" and tree(url) == sent(reference)
+    limit = 3 * max(sizes(reference))
+    far = open_remote(url, tmp_path / "cache", cache_bytes=limit, **SMALL)
+    assert_equal_batches(StoredActivations(reference, **SMALL), far, tmp_path / "cache", limit)
+    with pytest.raises(ArtifactError, match="bucket"):
+        check_destination(folder, "s3://no-such-bucket/x")

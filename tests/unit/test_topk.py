@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from interp.core.errors import ArtifactError, ShapeError
 from interp.data.store import Batch
 from interp.dictionaries.base import SAE, Dictionary
+from interp.dictionaries.objective import Objective
 from interp.dictionaries.topk import TopKSAE
 
 
@@ -51,7 +53,7 @@ def dense_loss(sae: TopKSAE, batch: Batch, dead: Tensor | None) -> Tensor:
         return fvu
     codes = pre * largest(score.masked_fill(~dead, -math.inf), sae.k_aux)
     guess = (codes + (codes.relu() - codes).detach()) @ sae.W_dec
-    return fvu + sae.aux_coef * (error.detach() - guess).pow(2).sum() / error.detach().pow(2).sum()
+    return fvu + sae.terms.aux_coef * (error.detach() - guess).pow(2).sum() / error.detach().pow(2).sum()
 
 
 def batch_of(kind: str, token: int, d_in: int, dtype: torch.dtype) -> Batch:
@@ -91,7 +93,7 @@ def test_a_step_is_that_of_the_dense_formula(
 @pytest.mark.parametrize(("token", "k", "unit_norm"), [(2, 4, True), (96, 40, True), (96, 1, False)])
 def test_so_it_is_for_few_tokens_and_for_the_smallest_and_the_largest_k(token: int, k: int, unit_norm: bool) -> None:
     sae, batch = random_sae(k=k, dtype="float64"), batch_of("plain", token, 12, torch.float64)
-    sae.unit_norm, dead = unit_norm, torch.arange(40) < 25
+    sae.terms, dead = replace(sae.terms, unit_norm=unit_norm), torch.arange(40) < 25
     expected = step_of(sae, dense_loss(sae, batch, dead))
     found = step_of(sae, sae.loss(batch, dead=dead).total)
     for name, value in expected.items():
@@ -209,7 +211,7 @@ def test_auxk_is_the_share_of_the_error_that_the_best_dead_latents_miss() -> Non
     sae, x = random_sae(), torch.randn(64, 12)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[::3] = True
-    sae.k_aux = 2
+    sae.objective = Objective(k_aux=2)
     pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
     error = (x - sae(x)).detach()
     best = pre.masked_fill(~dead, -math.inf).sort(dim=-1, descending=True).indices[:, :2]

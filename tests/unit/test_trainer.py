@@ -18,6 +18,7 @@ from interp.core.errors import ConfigError, DataError
 from interp.core.settings import describe_faults
 from interp.data.store import Batch
 from interp.dictionaries.base import Losses
+from interp.dictionaries.objective import Objective
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.train.config import DictionaryOptions, TrainConfig, TrainOptions
 from interp.train.signals import StopSignals
@@ -100,15 +101,15 @@ def test_rows_outside_the_mask_change_nothing() -> None:
 class Sunk(TopKSAE):
     """A TopK SAE half of whose latents start too low to fire."""
 
-    def init_from(self, x: Tensor, *, seed: int) -> None:
-        super().init_from(x, seed=seed)
+    def init_from(self, x: Tensor, *, seed: int, target: Tensor | None = None) -> None:
+        super().init_from(x, seed=seed, target=target)
         with torch.no_grad():
             self.b_enc[: self.cfg.d_sae // 2] -= 4.0
 
 
 def test_dead_latents_are_counted_in_tokens_and_auxk_revives_them() -> None:
     def dead(aux_coef: float) -> list[float]:
-        sae = Sunk(TopKConfig(d_in=D, d_sae=128, k=ACTIVE), aux_coef=aux_coef)
+        sae = Sunk(TopKConfig(d_in=D, d_sae=128, k=ACTIVE), Objective(aux_coef=aux_coef))
         run = options(tokens=100_000, dead_after=10_000, lr=3e-3, log_every=5)
         lines: list[dict[str, int | float]] = []
         train_dictionary(planted()[1], sae, run, log=lines.append, progress=False)
@@ -177,8 +178,8 @@ def test_determinism_is_restored_after_the_block_even_by_an_error() -> None:
 class Drawing(TopKSAE):
     """A TopK SAE whose loss draws random numbers, with latents that start too low to fire."""
 
-    def init_from(self, x: Tensor, *, seed: int) -> None:
-        super().init_from(x, seed=seed)
+    def init_from(self, x: Tensor, *, seed: int, target: Tensor | None = None) -> None:
+        super().init_from(x, seed=seed, target=target)
         with torch.no_grad():
             self.b_enc[: self.cfg.d_sae // 2] -= 4.0
 

@@ -1,0 +1,321 @@
+"""Dictionaries with an encoder of one layer: what they share, whichever of their pre-activations are latents."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from interp.core.errors import ConfigError, ShapeError
+from interp.data.store import Batch
+from interp.dictionaries.base import Dictionary, DictionaryConfig, Losses
+from interp.dictionaries.kernels import Codes, decode_codes
+from interp.dictionaries.objective import Objective, Terms
+from interp.dictionaries.select import Encoder, Score
+
+__all__ = ["Activity", "SparseDictionary", "revived"]
+
+_TINY = 1e-12
+# Up to this many times k_aux dead latents, products over all of them cost less than a gather per entry.
+_FEW = 3
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the latents of a batch are: at some entries, or at all.
+
+    Attributes:
+        values: latents, with gradients; those at the entries of `codes`, or [token d_sae].
+        codes: which entries; None for all.
+        dead: pre-activations of dead latents that AuxK may use; None where they are still to be made.
+        beside: what else the architecture's penalty is made of.
+    """
+
+    values: Float[Tensor, "..."]
+    codes: Codes | None = None
+    dead: Codes | None = None
+    beside: tuple[Tensor, ...] = ()
+
+    def decoded(self, W_dec: Float[Tensor, "d_sae d_out"], first: int | None = None) -> Float[Tensor, "token d_out"]:
+        """Σ latent · W_dec[latent], of all latents or of the first so many."""
+        if self.codes is None:
+            return self.values[:, :first] @ W_dec[:first]
+        values = self.values if first is None else self.values.masked_fill(self.codes.index >= first, 0)
+        return decode_codes(values, self.codes, W_dec)
+
+    def fired(self, d_sae: int) -> Int[Tensor, "d_sae"]:
+        """In how many tokens each latent is positive."""
+        active = (self.values.detach() > 0).long()
+        if self.codes is None:
+            return active.sum(0)
+        counts = torch.zeros(d_sae, dtype=torch.long, device=active.device)
+        return counts.scatter_add_(0, self.codes.index.flatten(), active.flatten())
+
+    def weighted(self, weight: Float[Tensor, "d_sae"]) -> Float[Tensor, "..."]:
+        """Each latent times its weight."""
+        return self.values * (weight if self.codes is None else weight[self.codes.index])
+
+
+class SparseDictionary(Dictionary):
+    """A dictionary whose pre-activations are (x − centre) W_enc + b_enc; an architecture says which are latents.
+
+    The training loss is the reconstruction's, plus `objective.sparsity` times the architecture's penalty, plus
+    `objective.aux_coef` times AuxK: the share of the error that the best dead latents of each token miss. With
+    `objective.prefixes` the reconstruction's loss is the mean over prefixes of the latents and all of them.
+
+    Source: Gao et al. 2024 (2406.04093), appendix A.2, for AuxK; Bussmann et al. 2025 (2503.17547) for prefixes.
+    Departures: the AuxK's gradient passes its ReLU as if that were the identity, so that a latent that is negative
+    everywhere has one; prefixes are averaged where the paper sums them, so that other weights keep their meaning.
+
+    Args:
+        cfg: sizes and SAELens' settings.
+        objective: what it is trained to do.
+    """
+
+    defaults: ClassVar[Terms] = Terms()
+
+    def __init__(self, cfg: DictionaryConfig, objective: Objective | None = None) -> None:
+        super().__init__(cfg)
+        self.objective = objective or Objective()
+        self.terms = self.objective.terms(self.defaults)
+        widest = max(self.objective.prefixes, default=0)
+        if widest >= cfg.d_sae:
+            raise ConfigError(f"prefixes go up to {widest}; each must be below d_sae, which is {cfg.d_sae}")
+        self.warm = 1.0
+        dtype = getattr(torch, cfg.dtype)
+        d_out = self.d_out
+        self.W_enc = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_sae, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.zeros(cfg.d_sae, d_out, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_out, dtype=dtype))
+        if self.has_skip:
+            self.W_skip = nn.Parameter(torch.zeros(d_out, cfg.d_in, dtype=dtype))
+
+    # -- what an architecture decides -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def _activity(self, x: Tensor, batch: Batch, dead: Tensor | None) -> Activity:
+        """The latents of a batch, whose masked tokens have been taken out."""
+
+    def _penalty(self, activity: Activity, n_tokens: int) -> Tensor | None:
+        """What is added to the loss for latents that are active, before its weight; None for nothing."""
+        return None
+
+    def _extra(self, activity: Activity, x: Tensor, target: Tensor, dead: Tensor | None) -> Tensor | None:
+        """A further term of the loss; None for nothing."""
+        return None
+
+    @property
+    def _bias(self) -> Tensor:
+        """What is added to pre-activations."""
+        return self.b_enc
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def at(self, done: float) -> None:
+        """Be told which share of the training is done, before each step."""
+        self.warm = min(1.0, done / self.objective.sparsity_warmup) if self.objective.sparsity_warmup > 0 else 1.0
+
+    def loss(self, batch: Batch, *, dead: Bool[Tensor, "d_sae"] | None = None) -> Losses:
+        """Return the training loss of a batch.
+
+        Args:
+            batch: activations; `mask`, where given, leaves rows out (a GPU then waits for their number).
+            dead: latents that AuxK trains on the error; None for none.
+        """
+        batch = _without_masked(batch)
+        x = self._check_input(batch.x)
+        target = self._target(batch, x)
+        # Counted on a CPU alone: a GPU would have to wait.
+        count = int(dead.sum()) if dead is not None and dead.device.type == "cpu" else None
+        dead = None if count == 0 else dead
+        few = count is not None and count <= _FEW * self.k_aux
+        with_aux = dead is not None and self.terms.aux_coef > 0
+        activity = self._activity(x, batch, dead if with_aux and not few else None)
+        rest = target - self.b_dec - self._skipped(x)
+        variance = (target - target.mean(0)).pow(2).sum().clamp_min(_TINY) if len(x) else x.new_ones(())
+        errors = [rest - activity.decoded(self.W_dec, first) for first in (*self.objective.prefixes, None)]
+        squares = torch.stack([error.pow(2).sum() for error in errors])
+        fvu = (squares[-1] / variance).detach()
+        total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, len(x)))
+        none = torch.zeros_like(fvu)
+        penalty, aux = self._penalty(activity, len(x)), none
+        if penalty is not None:
+            total = total + self.warm * self.terms.sparsity * penalty
+        if (extra := self._extra(activity, x, target, dead)) is not None:
+            total = total + extra
+        if dead is not None and with_aux:
+            guess = (
+                self._dead_by_products(x, dead, batch)
+                if activity.dead is None
+                else self._dead_by_entries(activity.dead)
+            )
+            aux = _aux(guess, errors[-1].detach(), dead)
+            scale = 1.0 if self.terms.loss == "fvu" else variance / max(1, len(x))
+            total = total + self.terms.aux_coef * scale * aux
+        fired = activity.fired(self.cfg.d_sae)
+        return Losses(
+            total=total,
+            fvu=fvu,
+            aux=aux.detach(),
+            penalty=none if penalty is None else penalty.detach(),
+            l0=fired.sum() / max(1, len(x)),
+            fired=fired,
+        )
+
+    @property
+    def k_aux(self) -> int:
+        """Dead latents that guess the error of each token."""
+        wanted = max(1, self.cfg.d_in // 2) if self.objective.k_aux is None else self.objective.k_aux
+        return min(wanted, self.cfg.d_sae)
+
+    @torch.no_grad()
+    def init_from(
+        self, x: Float[Tensor, "token d_in"], *, seed: int, target: Float[Tensor, "token d_out"] | None = None
+    ) -> None:
+        """Set b_dec to the target's mean, W_dec to random unit rows, and W_enc to the multiple of a fit to them.
+
+        Where input and output are the same, W_enc is a multiple of W_decᵀ; else, of independent random columns of norm
+        1, for nothing says yet which output goes with which input. The multiple is the one with the smallest squared
+        error on the sample: with y the first reconstruction less b_dec, ⟨target − b_dec, y⟩ / ⟨y, y⟩. So training
+        begins at an FVU of 1 at most; many latents that overlap would else begin far above it.
+
+        Source: Gao et al. 2024 (2406.04093), appendix A.1. Departure: least squares, where they match the norm.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        target = x if target is None else target
+        rows = _unit_rows(self.cfg.d_sae, self.d_out, generator).to(self.W_dec)
+        self.W_dec.copy_(rows)
+        tied = self.d_out == self.cfg.d_in and target is x
+        self.W_enc.copy_((rows if tied else _unit_rows(self.cfg.d_sae, self.cfg.d_in, generator).to(rows)).T)
+        for parameter in self._of_input():
+            parameter.zero_()
+        self.b_dec.copy_(target.double().mean(0))
+        if self.has_skip:
+            self.W_skip.zero_()
+        self._begin()
+        x = self._check_input(x)
+        y = self._activity(x, Batch(x), None).decoded(self.W_dec).double()
+        power = y.pow(2).sum()
+        # Of what is constant nothing is left to fit.
+        fit = ((target.to(y) - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
+        # Directions that know nothing of each other point the wrong way together as often as not.
+        self.W_dec.mul_(torch.where(fit < 0, -1, 1))
+        self.W_enc.mul_(torch.where(fit == 0, 1, fit.abs()).to(self.W_enc))
+
+    def _begin(self) -> None:
+        """Set what else an architecture has before training; nothing by default."""
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Take out of the decoder's gradient what would only change the norm of its rows."""
+        if self.terms.unit_norm and self.W_dec.grad is not None:
+            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
+            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Bring the decoder's rows back to norm 1."""
+        if self.terms.unit_norm:
+            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(_TINY))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float, target_scale: float | None = None) -> None:
+        """Turn a dictionary of `scale · x` into the same one of `x`, its latents divided by `scale`, in place."""
+        out = scale if target_scale is None else target_scale
+        # ReLU, TopK and thresholds commute with a positive factor.
+        for parameter in self._of_input():
+            parameter.div_(scale)
+        self.b_dec.div_(out)
+        if out != scale:
+            self.W_dec.mul_(scale / out)
+        if self.has_skip:
+            self.W_skip.mul_(scale / out)
+
+    @torch.no_grad()
+    def fold_decoder_norm(self) -> None:
+        """Multiply each latent by the norm of its decoder row, which becomes 1; reconstructions stay as they are."""
+        norm = self.W_dec.norm(dim=-1).clamp_min(_TINY)
+        self.W_dec.div_(norm[:, None])
+        self.W_enc.mul_(norm)
+        for parameter in self._of_input():
+            parameter.mul_(norm)
+
+    def _of_input(self) -> Sequence[Tensor]:
+        """What is added to, or compared with, pre-activations, and scales as they do: [d_sae] each."""
+        return [self.b_enc]
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Return the activations that some latents stand for."""
+        return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def _encoder(self, *, score: Score | None = None, dead: Tensor | None = None) -> Encoder:
+        return Encoder(self.W_enc, self._bias, self._centre, score=score, dead=dead, k_dead=self.k_aux)
+
+    @property
+    def _centre(self) -> Tensor | None:
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def _pre(self, x: Tensor) -> Tensor:
+        centre = self._centre
+        return (x if centre is None else x - centre) @ self.W_enc + self._bias
+
+    def _target(self, batch: Batch, x: Tensor) -> Tensor:
+        target = x if batch.target is None else batch.target.to(x.dtype)
+        if target.shape != (len(x), self.d_out):
+            raise ShapeError(
+                f"targets of shape {tuple(target.shape)} for a dictionary that gives {self.d_out} dimensions of "
+                f"each of {len(x)} tokens; give batch.target [{len(x)} {self.d_out}]"
+            )
+        return target
+
+    def _skipped(self, x: Tensor) -> Tensor | float:
+        return x @ self.W_skip.T if self.has_skip else 0.0
+
+    def _dead_by_entries(self, codes: Codes) -> Tensor:
+        """The error as the best dead latents of each token guess it."""
+        return decode_codes(revived(codes.values), codes, self.W_dec)
+
+    def _dead_by_products(self, x: Tensor, dead: Tensor, batch: Batch) -> Tensor:
+        """The same, by dense products over the dead latents alone."""
+        latents = dead.nonzero()[:, 0]
+        W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
+        centre = self._centre
+        pre = (x if centre is None else x - centre) @ W_enc + self._bias.index_select(0, latents)
+        if len(latents) > self.k_aux:
+            best = self._importance(pre.detach(), W_dec.detach(), batch).topk(self.k_aux, dim=-1, sorted=False).indices
+            pre = torch.zeros_like(pre).scatter(-1, best, pre.gather(-1, best))
+        return revived(pre) @ W_dec
+
+    def _importance(self, pre: Tensor, W_dec: Tensor, batch: Batch) -> Tensor:
+        """What dead latents are chosen by: as all latents are, of which these are some."""
+        return pre
+
+
+def revived(pre: Tensor) -> Tensor:
+    """ReLU forwards, for a code is never negative; identity backwards: else nothing would lift the most dead ones."""
+    return pre + (pre.relu() - pre).detach()
+
+
+def _aux(guess: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+    """The error's share that a guess of it misses; 0 when no latent is dead."""
+    share = (error - guess).pow(2).sum() / error.pow(2).sum().clamp_min(_TINY)
+    # A cut-off instead of a branch: asking the host whether any is dead would make a GPU wait.
+    return torch.where(dead.any() & share.isfinite(), share, torch.zeros_like(share))
+
+
+def _without_masked(batch: Batch) -> Batch:
+    if batch.mask is None:
+        return batch
+    parts = {name: getattr(batch, name) for name in ("x", "target", "grad", "tokens", "positions")}
+    return replace(batch, mask=None, **{n: part[batch.mask] for n, part in parts.items() if part is not None})
+
+
+def _unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
+    rows = torch.randn(n, d, generator=generator)
+    return rows / rows.norm(dim=-1, keepdim=True)
