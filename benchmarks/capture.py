@@ -23,10 +23,10 @@ and of the parts:
                        every residual ÷ `model(ids)` in case B (12 layers × d 64, 1 × 8 tokens); one residual ÷ the cut
                        backbone in case A (6 layers × d 384, 8 × 128 tokens)
 
-Rounds are interleaved, each contender has a process of its own; models have one thread; ids are made before, nobody
-tokenises. What stays in memory is compared
-by CPU seconds. Whatever meets the disk is compared by wall time, for ours writes in a thread of its own, so the machine
-must be quiet. With `--device cuda` all is wall time until the device is done, of bfloat16 models at 1,024 tokens.
+Rounds are interleaved, each contender has a process of its own, a new one every four rounds; models have one thread;
+ids are made before, nobody tokenises. What stays in memory is compared by CPU seconds. Whatever meets the disk is
+compared by wall time, for ours writes in a thread of its own, so the machine must be quiet. With `--device cuda` all is
+wall time until the device is done, of bfloat16 models at 1,024 tokens.
 """
 
 import argparse
@@ -56,6 +56,7 @@ from figures import Found, interleaved, ratios_of
 
 os.environ.update(peers.QUIET)
 Times = dict[str, tuple[float, float]]  # contender → CPU and wall seconds of one round
+FRESH = 4  # rounds after which each contender has a new process
 CLOSE = {"ours": 0.005, "peers": 0.05}  # how far apart mean squares may be; a store's batch is half of the tokens
 
 SETTINGS = {
@@ -138,6 +139,8 @@ def run_setting(name: str, setting: Setting, options: argparse.Namespace, there:
     with_peers = set(draw.sample(range(rounds), min(rounds, 2 if options.quick else 7)))
     times: list[Times] = []
     for number in range(rounds):
+        if number and number % FRESH == 0:
+            there |= {c: there[c].anew() for c in calls}
         order = [c for c in calls if c not in skipped and (c in peers.OURS or number in with_peers)]
         times.append({})
         for c in draw.sample(order, len(order)):

@@ -461,14 +461,22 @@ def version(contender: str) -> str | None:
 
 
 class Worker(engine.Worker):
-    """A contender in a process of its own: what one leaves in memory is nobody else's luck."""
+    """A contender in a process of its own: what one leaves in memory is nobody else's luck.
+
+    Its own luck it keeps: malloc maps and clears large tensors anew, or not, as the process's past has it. Two
+    processes that do the same were up to a fifth apart, so each gets a new one from time to time.
+    """
 
     def __init__(self, python: str, contender: str) -> None:
         command, pipe = [python, __file__, contender], subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **engine.STEADY, **QUIET}
-        )
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **QUIET})
         self.version: str | None = self._answer()
+        self.python, self.contender = python, contender
+
+    def anew(self) -> "Worker":
+        """The same in a new process, when this one has ended."""
+        self.close()
+        return Worker(self.python, self.contender)
 
     def ask(self, setting: Setting, folder: Path) -> dict[str, Any]:
         """One pass, or why there was none."""

@@ -203,18 +203,12 @@ def interval(values: list[float]) -> tuple[float, float]:
     return values[low], values[n - 1 - low]
 
 
-# What malloc has from the system it keeps. Else a large tensor is mapped and cleared anew each time, or not, as the
-# process's past has it: two processes that do the same were up to a fifth apart.
-STEADY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_TOP_PAD_": str(2**26)}
-
-
 class Worker:
     """Peers in a process of their own, timed when told to."""
 
     def __init__(self, python: str) -> None:
         command = [python, str(Path(__file__).resolve()), "--worker"]
-        pipe, env = subprocess.PIPE, {**os.environ, **STEADY}
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions: dict[str, str] = self._answer()
 
     def _answer(self) -> Any:
