@@ -16,11 +16,12 @@ from interp.core.settings import describe_faults, read_yaml
 from interp.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from interp.train.job import JobReport, Plan
+    from interp.train.job import JobReport, Plan, SweepReport
 
 __all__ = ["TrainOptionsLine", "main"]
 
 _STOPPED = 143
+_DIGITS = {"l0": 2, "fvu": 4, "ce_recovered": 4, "dead": 3}
 
 
 _BUILT_IN = "configs/sae-testbed.yaml"
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
         return refuse(describe_faults(err, TrainConfig))
     except ConfigError as err:
         return refuse(str(err))
-    from interp.train.job import plan_job, train_job
+    from interp.train.job import plan_job, train_job, train_sweep
 
     plan = plan_job(cfg, force=line.force, resume=line.resume)
     if line.dry_run:
@@ -86,13 +87,18 @@ def main(argv: list[str]) -> int:
         text = json.dumps(record, indent=1) if line.json_output else f"{cfg.to_yaml()}\n{_estimates(plan)}"
         sys.stdout.write(f"{text}\n")
         return 0
-    report = train_job(cfg, force=line.force, resume=line.resume, tell=tell)
-    if line.json_output:
-        sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
-    elif report.evaluation is not None:
-        sys.stdout.write(f"{report.evaluation.summary()}\n{_where_to_look(report.out)}\n")
+    if cfg.sweep.any:
+        swept = train_sweep(cfg, force=line.force, resume=line.resume, tell=tell)
+        sys.stdout.write(f"{json.dumps(swept.to_dict(), indent=1) if line.json_output else _table(swept)}\n")
+        report = next(iter(swept.members.values()))
+    else:
+        report = train_job(cfg, force=line.force, resume=line.resume, tell=tell)
+        if line.json_output:
+            sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
+        elif report.evaluation is not None:
+            sys.stdout.write(f"{report.evaluation.summary()}\n{_where_to_look(report.out)}\n")
     if report.status == "stopped":
-        tell(_stopped(report))
+        tell(_stopped(report, Path(cfg.out)))
         return _STOPPED
     return 0
 
@@ -116,12 +122,26 @@ def _given(path: str | None, words: list[str]) -> dict[str, Any]:
 def _estimates(plan: "Plan") -> str:
     sizes = {"dictionary": plan.dictionary_bytes, "buffer": plan.buffer_bytes, "model": plan.model_bytes}
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sizes.items())
-    counts = f"{plan.parameters:,} in the dictionary (d_in {plan.d_in}), {plan.model_parameters:,} in the model"
+    many = f"{plan.dictionaries} dictionaries" if plan.dictionaries > 1 else "the dictionary"
+    counts = f"{plan.parameters:,} in {many} (d_in {plan.d_in}), {plan.model_parameters:,} in the model"
     return (
         f"tokens      {plan.tokens:,} in {plan.steps:,} steps, lr {plan.lr:.2g}\n"
         f"latents     {plan.d_sae:,}, of which {plan.k} may be active per token\n"
         f"parameters  {counts}\nmemory      {memory}\n"
         f"disk        {plan.checkpoint_bytes / 2**20:,.0f} MiB for a checkpoint, twice that while it is replaced"
+    )
+
+
+def _table(report: "SweepReport") -> str:
+    from interp.train.runfolder import SWEEP
+
+    if report.status == "stopped":
+        return ""
+    shown = report.to_frame()[["name", "l0", "fvu", "ce_recovered", "dead"]]
+    numbers = {name: (lambda value, d=digits: f"{value:.{d}f}") for name, digits in _DIGITS.items()}
+    return (
+        f"{shown.to_string(index=False, formatters=numbers)}\n"
+        f"{report.out}: a run folder for each; all figures in {SWEEP[0]}, their picture in {SWEEP[1]}"
     )
 
 
@@ -132,8 +152,8 @@ def _where_to_look(out: Path) -> str:
     )
 
 
-def _stopped(report: "JobReport") -> str:
-    way_on = f"`interp train --resume --out {shlex.quote(str(report.out))}`"
+def _stopped(report: "JobReport", out: Path) -> str:
+    way_on = f"`interp train --resume --out {shlex.quote(str(out))}`"
     if not report.training.steps:
         return f"stopped by {report.signal} before the first step; nothing was trained. {way_on} begins"
     after = f"stopped by {report.signal} after {report.training.tokens:,} tokens"

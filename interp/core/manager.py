@@ -222,7 +222,8 @@ class HookManager:
 
     def to_str_tokens(self, inputs: Inputs) -> Any:
         """Return the text of each token: a list for one string or row, a list of lists otherwise."""
-        tokens = self.to_tokens(inputs)
+        tokens = read_inputs(self.tokenizer, inputs, bos=None, mask=None)
+        check_tokens(tokens, rows=self._embedding_rows, longest=None)  # nothing is run, however many there are
         rows = str_tokens(self.tokenizer, tokens.ids)
         single = isinstance(inputs, str) or (isinstance(inputs, Tensor) and inputs.ndim == 1)
         return rows[0] if single else rows

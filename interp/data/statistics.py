@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, SiteError
+from interp.core.intervention import Intervention
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.core.text import str_tokens
@@ -174,6 +175,7 @@ def activation_statistics(
     max_tokens: int = 100_000,
     covariance: bool = False,
     delimiters: Sequence[int] | None = None,
+    write: Sequence[Intervention] = (),
     should_stop: Callable[[], bool] | None = None,
 ) -> ActivationStatistics:
     """Measure moments, extremes and quantiles of activations in one pass, by class of token; pads never count.
@@ -187,6 +189,7 @@ def activation_statistics(
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
         covariance: whether to keep the covariance of each site and class, [d d].
         delimiters: their token ids; None are tokens that read . , ; : ! ? or a line break, but for white space.
+        write: edits under which the model runs; sites are read after them.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
 
     Returns:
@@ -206,7 +209,8 @@ def activation_statistics(
     marks = torch.tensor(_delimiters(tokens.tokenizer) if delimiters is None else list(delimiters), dtype=torch.long)
     found: dict[Site, Statistics] = {}
     for block in watched_blocks(tokens, max_tokens, should_stop, doing="statistics"):
-        run, keep = hm.run(block.inputs, read=places, logits="none"), block.mask.flatten().nonzero().flatten()
+        run = hm.run(block.inputs, read=places, write=list(write), logits="none")
+        keep = block.mask.flatten().nonzero().flatten()
         classes = (2 - torch.isin(block.ids, marks).long()).masked_fill(block.special, 0)
         named = {"classes": classes, "doc": block.doc, "pos": block.pos, "ids": block.ids}
         columns = {name: column.flatten()[keep] for name, column in named.items()}
@@ -216,6 +220,7 @@ def activation_statistics(
             x = run[place].flatten(2).flatten(0, 1)
             statistics.add(x[keep.to(x.device, non_blocking=True)], **columns)
     said: dict[str, Any] = {"sites": [place.name for place in places], "text": tokens.describe()}
+    said |= {"write": [repr(edit) for edit in write]} if write else {}
     said |= {"max_tokens": max_tokens, "covariance": covariance, "special_tokens": "a class of their own"}
     states = tuple({name: value.cpu() for name, value in found[place].state().items()} for place in places)
     return ActivationStatistics(

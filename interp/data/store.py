@@ -147,8 +147,8 @@ class ActivationStore(ABC):
         """
         if x is None and len(self.sites) > 1:
             raise ConfigError(f"this store reads {[s.short for s in self.sites]}; say which one is x")
-        reads = self._place(self.sites[0] if x is None else x)
-        gives = None if target is None else self._place(target)
+        reads = self.place(self.sites[0] if x is None else x)
+        gives = None if target is None else self.place(target)
         return BatchStream(self._stream(should_stop or _never, state), reads, gives)
 
     def batches_by_site(self) -> Iterator[Mapping[str, Batch]]:
@@ -165,7 +165,12 @@ class ActivationStore(ABC):
     def _stream(self, should_stop: Callable[[], bool], state: StreamState | None) -> "RowStream":
         """Shuffled rows of all sites, a batch at a time."""
 
-    def _place(self, site: str | Site) -> int:
+    def place(self, site: str | Site) -> int:
+        """The number of a site among those that the store reads.
+
+        Raises:
+            ConfigError: it does not read it.
+        """
         if Site(site) not in self.sites:
             raise ConfigError(f"this store reads {[s.short for s in self.sites]}, not {Site(site).short}")
         return self.sites.index(Site(site))
@@ -222,6 +227,10 @@ class BatchStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         return next(self._rows).batch(self._x, self._target)
+
+    def rows(self) -> Iterator["Rows"]:
+        """The same batches with all sites of the store."""
+        return iter(self._rows)
 
     def state(self) -> StreamState:
         """Where the stream stands after the last batch that it gave.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.core.errors import ArtifactError, ConfigError, DataError
@@ -126,11 +126,12 @@ class StoredActivations(ActivationStore):
         self.offsets = torch.tensor([0, *(shard.rows for shard in self.shards)]).cumsum(0)
         return len(fresh)
 
-    def rows(self, index: Int[Tensor, "n"] | slice) -> Rows:
+    def rows(self, index: Int[Tensor, "n"] | Bool[Tensor, "row"] | slice) -> Rows:
         """Return some rows of all sites, special tokens included, by their number in the store.
 
         Args:
-            index: row numbers, in any order; or a slice, which gives views where it lies in one shard.
+            index: row numbers, in any order; True for each row that is wanted; or a slice, which gives views where it
+                lies in one shard.
 
         Raises:
             DataError: a row that is not there.
@@ -140,6 +141,10 @@ class StoredActivations(ActivationStore):
             if step == 1:
                 return self._slice(start, max(start, stop))
             return self.rows(torch.tensor(range(start, stop, step), dtype=torch.long))
+        if index.dtype == torch.bool:
+            if len(index) != self.n_rows:
+                raise DataError(f"a mask of {len(index)} rows: the store has {self.n_rows}")
+            index = index.nonzero()[:, 0]
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < self.n_rows:
             raise DataError(f"rows from {int(index.min())} to {int(index.max())}: the store has {self.n_rows}")
         order = index.argsort(stable=True)
@@ -194,8 +199,9 @@ class StoredActivations(ActivationStore):
         return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
     def column(self, name: str) -> Tensor:
-        """What is known of every row: "ids", "document", "position" or "special"; copied together."""
-        return torch.cat([shard.column(name) for shard in self.shards])
+        """What is known of every row: "ids", "document", "position" or, as booleans, "special"; copied together."""
+        found = torch.cat([shard.column(name) for shard in self.shards])
+        return found.bool() if name == "special" else found
 
     def document(self, index: int) -> StoredDocument:
         """Return one document, by its index in the source.

@@ -173,8 +173,14 @@ class Dictionary(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Return the reconstruction decode(encode(x)), with what `W_skip` adds."""
         x = self._check_input(x)
-        made = self.decode(self.encode(x))
-        return made + x @ self.W_skip.T if self.has_skip else made
+        return self.reconstructed(self.encode(x), x)
+
+    def reconstructed(
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Return what latents stand for, with what `W_skip` makes of the input."""
+        made = self.decode(latents)
+        return made + x.to(made.dtype) @ self.W_skip.T if self.has_skip else made
 
     def save(self, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> Path:
         """Write SAELens' inference folder: `sae_weights.safetensors`, then `cfg.json`, each atomically.

@@ -75,7 +75,7 @@ class GatedSAE(SparseDictionary, SAE):
 
     def _penalty(self, activity: Activity, n_tokens: int) -> Tensor:
         (gate,) = activity.beside
-        return replace(activity, values=gate).weighted(self.W_dec.norm(dim=-1)).sum() / max(1, n_tokens)
+        return replace(activity, values=gate).total(self.W_dec.norm(dim=-1)) / max(1, n_tokens)
 
     def _extra(self, activity: Activity, x: Tensor, target: Tensor, dead: Tensor | None) -> Tensor:
         (gate,) = activity.beside

@@ -10,15 +10,15 @@ from interp.dictionaries.objective import Objective
 if TYPE_CHECKING:
     from interp.dictionaries.base import Dictionary
 
-__all__ = ["DictionaryOptions"]
+__all__ = ["DictionaryOptions", "Kind"]
+
+Kind = Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "gradient_topk", "feature_choice"]
 
 
 class DictionaryOptions(Objective):
     """The dictionary's architecture and size, and what it is trained to do."""
 
-    kind: Literal["topk", "batchtopk", "jumprelu", "standard", "gated", "gradient_topk", "feature_choice"] = Field(
-        default="topk", description="architecture"
-    )
+    kind: Kind = Field(default="topk", description="architecture")
     form: Literal["sae", "transcoder", "skip_transcoder"] = Field(
         default="sae", description="what it reconstructs: its input, or another site, with or without a linear bypass"
     )

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from interp.core.errors import ConfigError, ShapeError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, DictionaryConfig, Losses
-from interp.dictionaries.kernels import Codes, decode_codes
+from interp.dictionaries.kernels import Codes, Entries, decode_codes
 from interp.dictionaries.objective import Objective, Terms
 from interp.dictionaries.select import Encoder, Score
 
@@ -21,6 +22,7 @@ __all__ = ["Activity", "SparseDictionary", "revived"]
 _TINY = 1e-12
 # Up to this many times k_aux dead latents, products over all of them cost less than a gather per entry.
 _FEW = 3
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,43 @@ class Activity:
     dead: Codes | None = None
     beside: tuple[Tensor, ...] = ()
 
-    def decoded(self, W_dec: Float[Tensor, "d_sae d_out"], first: int | None = None) -> Float[Tensor, "token d_out"]:
-        """Σ latent · W_dec[latent], of all latents or of the first so many."""
+    def decoded(self, W_dec: Float[Tensor, "d_sae d_out"]) -> Float[Tensor, "token d_out"]:
+        """Σ latent · W_dec[latent]."""
+        return self.values @ W_dec if self.codes is None else decode_codes(self.values, self.codes, W_dec)
+
+    def bands(self, W_dec: Float[Tensor, "d_sae d_out"], widths: Sequence[int]) -> list[Float[Tensor, "token d_out"]]:
+        """The same of the latents below the first width, of those from there to the second, …, and of the last ones."""
+        if not widths:
+            return [self.decoded(W_dec)]
+        return [self._band(W_dec, low, high) for low, high in pairwise([0, *widths, len(W_dec)])]
+
+    def _band(self, W_dec: Tensor, low: int, high: int) -> Tensor:
         if self.codes is None:
-            return self.values[:, :first] @ W_dec[:first]
-        values = self.values if first is None else self.values.masked_fill(self.codes.index >= first, 0)
-        return decode_codes(values, self.codes, W_dec)
+            return self.values[:, low:high] @ W_dec[low:high]
+        entries = self.codes.entries
+        inside = (entries.index >= low) & (entries.index < high)
+        if inside.device.type != "cpu":  # which would wait for how many there are
+            return decode_codes(self.values.masked_fill(~inside, 0), self.codes, W_dec)
+        kept = inside.flatten().nonzero()[:, 0]
+        values, index = self.values.flatten()[kept], entries.index.flatten()[kept]
+        some = Entries(index, entries.d_sae, tokens=entries.tokens_of(kept), n_tokens=entries.n_tokens)
+        return decode_codes(values, Codes(values, some), W_dec)
 
     def fired(self, d_sae: int) -> Int[Tensor, "d_sae"]:
         """In how many tokens each latent is positive."""
-        active = (self.values.detach() > 0).long()
+        active = self.values.detach() > 0
         if self.codes is None:
-            return active.sum(0)
+            return active.sum(0, dtype=torch.int32).long()  # int64 would be made of every value first
         counts = torch.zeros(d_sae, dtype=torch.long, device=active.device)
-        return counts.scatter_add_(0, self.codes.index.flatten(), active.flatten())
+        return counts.scatter_add_(0, self.codes.index.flatten(), active.flatten().long())
 
     def weighted(self, weight: Float[Tensor, "d_sae"]) -> Float[Tensor, "..."]:
         """Each latent times its weight."""
         return self.values * (weight if self.codes is None else weight[self.codes.index])
+
+    def total(self, weight: Float[Tensor, "d_sae"]) -> Float[Tensor, ""]:
+        """The sum of all latents, each times its weight."""
+        return self.values.sum(0) @ weight if self.codes is None else self.weighted(weight).sum()
 
 
 class SparseDictionary(Dictionary):
@@ -137,7 +158,9 @@ class SparseDictionary(Dictionary):
         activity = self._activity(x, batch, dead if with_aux and not few else None)
         rest = target - self.b_dec - self._skipped(x)
         variance = (target - target.mean(0)).pow(2).sum().clamp_min(_TINY) if len(x) else x.new_ones(())
-        errors = [rest - activity.decoded(self.W_dec, first) for first in (*self.objective.prefixes, None)]
+        errors: list[Tensor] = []
+        for band in activity.bands(self.W_dec, self.objective.prefixes):
+            errors.append((errors[-1] if errors else rest) - band)
         squares = torch.stack([error.pow(2).sum() for error in errors])
         fvu = (squares[-1] / variance).detach()
         total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, len(x)))
@@ -176,35 +199,39 @@ class SparseDictionary(Dictionary):
     def init_from(
         self, x: Float[Tensor, "token d_in"], *, seed: int, target: Float[Tensor, "token d_out"] | None = None
     ) -> None:
-        """Set b_dec to the target's mean, W_dec to random unit rows, and W_enc to the multiple of a fit to them.
+        """Set b_dec to the target's mean, W_dec to random unit rows, W_enc to the multiple of its transpose that fits.
 
-        Where input and output are the same, W_enc is a multiple of W_decᵀ; else, of independent random columns of norm
-        1, for nothing says yet which output goes with which input. The multiple is the one with the smallest squared
-        error on the sample: with y the first reconstruction less b_dec, ⟨target − b_dec, y⟩ / ⟨y, y⟩. So training
-        begins at an FVU of 1 at most; many latents that overlap would else begin far above it.
+        The multiple is the one with the smallest squared error on the sample: with y the first reconstruction less
+        b_dec, ⟨target − b_dec, y⟩ / ⟨y, y⟩. So training begins at an FVU of 1 at most; many latents that overlap would
+        else begin far above it. Of a transcoder, random unit columns of W_enc are drawn instead, W_dec's rows are what
+        the linear map that fits the sample best makes of them, and b_enc takes the input's mean out.
 
         Source: Gao et al. 2024 (2406.04093), appendix A.1. Departure: least squares, where they match the norm.
         """
         generator = torch.Generator().manual_seed(seed)
-        target = x if target is None else target
-        rows = _unit_rows(self.cfg.d_sae, self.d_out, generator).to(self.W_dec)
-        self.W_dec.copy_(rows)
-        tied = self.d_out == self.cfg.d_in and target is x
-        self.W_enc.copy_((rows if tied else _unit_rows(self.cfg.d_sae, self.cfg.d_in, generator).to(rows)).T)
         for parameter in self._of_input():
             parameter.zero_()
-        self.b_dec.copy_(target.double().mean(0))
+        self.b_dec.copy_((x if target is None else target).double().mean(0))
+        rows = _unit_rows(self.cfg.d_sae, self.cfg.d_in, generator).to(self.W_enc)
+        self.W_enc.copy_(rows.T)
+        if target is None:
+            self.W_dec.copy_(rows)
+        else:
+            # Else an output's direction would know nothing of the input that it goes with, and the fit be next to 0.
+            made = rows.double() @ _linear_map(x.double(), target.double()).to(rows.device)
+            self.W_dec.copy_(made / made.norm(dim=-1, keepdim=True).clamp_min(_TINY))
+            self._bias.copy_(-(x.double().mean(0) @ self.W_enc.double()))
         if self.has_skip:
             self.W_skip.zero_()
         self._begin()
-        x = self._check_input(x)
+        x, goal = self._check_input(x), x if target is None else target
         y = self._activity(x, Batch(x), None).decoded(self.W_dec).double()
         power = y.pow(2).sum()
         # Of what is constant nothing is left to fit.
-        fit = ((target.to(y) - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
-        # Directions that know nothing of each other point the wrong way together as often as not.
-        self.W_dec.mul_(torch.where(fit < 0, -1, 1))
-        self.W_enc.mul_(torch.where(fit == 0, 1, fit.abs()).to(self.W_enc))
+        fit = ((goal.to(y) - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
+        fit = torch.where(fit > 0, fit, 1).to(self.W_enc)
+        self.W_enc.mul_(fit)
+        self._bias.mul_(fit)
 
     def _begin(self) -> None:
         """Set what else an architecture has before training; nothing by default."""
@@ -213,8 +240,9 @@ class SparseDictionary(Dictionary):
     def before_step(self) -> None:
         """Take out of the decoder's gradient what would only change the norm of its rows."""
         if self.terms.unit_norm and self.W_dec.grad is not None:
-            along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)
-            self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
+            # A few rows at a time, which stay in cache between the two.
+            for grad, rows in zip(self.W_dec.grad.split(_ROWS), self.W_dec.split(_ROWS), strict=True):
+                grad.addcmul_((grad * rows).sum(-1, keepdim=True), rows, value=-1)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -314,6 +342,15 @@ def _without_masked(batch: Batch) -> Batch:
         return batch
     parts = {name: getattr(batch, name) for name in ("x", "target", "grad", "tokens", "positions")}
     return replace(batch, mask=None, **{n: part[batch.mask] for n, part in parts.items() if part is not None})
+
+
+def _linear_map(x: Tensor, y: Tensor) -> Tensor:
+    """What makes y of x with the smallest squared error, but for their means: [d_in d_out]."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    square = x.T @ x
+    ridge = 1e-6 * square.diagonal().mean().clamp_min(_TINY)
+    found: Tensor = torch.linalg.solve(square + ridge * torch.eye(len(square), dtype=x.dtype, device=x.device), x.T @ y)
+    return found
 
 
 def _unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:

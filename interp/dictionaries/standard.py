@@ -80,7 +80,7 @@ class ReLUDictionary(SparseDictionary):
         return Activity(values.relu(), codes)
 
     def _penalty(self, activity: Activity, n_tokens: int) -> Tensor:
-        return activity.weighted(self.W_dec.norm(dim=-1)).sum() / max(1, n_tokens)
+        return activity.total(self.W_dec.norm(dim=-1)) / max(1, n_tokens)
 
     def frozen(self) -> Dictionary:
         """Return the same with decoder rows of norm 1; itself where they have it up to rounding."""

@@ -20,7 +20,7 @@ from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.core.where import Where
 from interp.data.tokens import TokenBlock, TokenSource
-from interp.dictionaries.base import Dictionary
+from interp.dictionaries.base import Dictionary, Transcoder
 from interp.evaluate.reading import counted_blocks, encoded_in_parts
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["Baseline", "DictionaryEvaluation", "evaluate_dictionary", "place_of"]
+__all__ = ["Baseline", "DictionaryEvaluation", "evaluate_dictionary", "place_of", "target_of"]
 
 _NORMAL_95 = 1.959964
 
@@ -78,6 +78,7 @@ class DictionaryEvaluation(Result):
         pca_fvu: its FVU.
         pca_ce: loss with its reconstruction in place of the activation.
         pca_ce_recovered: its `ce_recovered`.
+        target: what a transcoder reconstructs, which is then what is missed, replaced and ablated; None for an SAE.
     """
 
     title: ClassVar[str] = "Dictionary evaluation"
@@ -104,6 +105,7 @@ class DictionaryEvaluation(Result):
     pca_fvu: float | None = None
     pca_ce: float | None = None
     pca_ce_recovered: float | None = None
+    target: str | None = None
 
     @property
     def density(self) -> Float[Tensor, "d_sae"]:
@@ -120,7 +122,7 @@ class DictionaryEvaluation(Result):
         """Return one row per figure: `figure`, `value`, and the 95 % interval from `low` to `high`."""
         import pandas as pd
 
-        held = {k: v for k, v in self.scalars().items() if k not in ("site", "intervals")}
+        held = {k: v for k, v in self.scalars().items() if k not in ("site", "target", "intervals")}
         held = {k: v for k, v in held.items() if v is not None or not k.startswith("pca_")}
         values = [math.nan if v is None else v for v in held.values()]
         ends = [self.intervals.get(k, (math.nan, math.nan)) for k in held]
@@ -135,12 +137,15 @@ class DictionaryEvaluation(Result):
             losses[f"PCA, rank {self.pca_rank}"] = self.pca_ce
         labels = figures.Axis("replaced by", list(losses))
         heights = torch.tensor(list(losses.values()))
-        return figures.bars(heights, labels=labels, title=f"Loss with {self.site} replaced", value="nats per token")
+        return figures.bars(
+            heights, labels=labels, title=f"Loss with {self.target or self.site} replaced", value="nats per token"
+        )
 
     def summary(self) -> str:
         """Say the main figures, with their 95 % intervals, in a few lines."""
+        where = self.site if self.target is None else f"{self.site} → {self.target}"
         lines = [
-            f"{self.site}: L0 {self._with_margin('l0', 1)}, FVU {self._with_margin('fvu')} (explained variance "
+            f"{where}: L0 {self._with_margin('l0', 1)}, FVU {self._with_margin('fvu')} (explained variance "
             f"{self.explained_variance:.4f}), dead {self.dead:.1%} of {len(self.firing)} latents, on "
             f"{self.n_tokens:,} tokens (special ones left out) in {self.n_rows:,} rows",
             f"CE recovered {self._with_margin('ce_recovered')} (against mean ablation {self.ce_recovered_mean:.4f}; "
@@ -167,6 +172,7 @@ def evaluate_dictionary(
     tokens: TokenSource,
     site: str | Site,
     *,
+    target: str | Site | None = None,
     max_tokens: int = 100_000,
     pca: Baseline | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -174,7 +180,8 @@ def evaluate_dictionary(
     """Measure a dictionary's sparsity, its reconstruction, and the model's loss when it stands in.
 
     The text is run twice: once up to the site for L0, what is missed and the mean, once for the variance and the
-    losses. Special tokens are left out: their activations are neither counted nor replaced. Sums are kept in fp64.
+    losses. Of a transcoder, what is missed, replaced and ablated is its target. Special tokens are left out: their
+    activations are neither counted nor replaced. Sums are kept in fp64.
     Memory, in bytes: the logits of two forwards of one block, about 256 MiB for the latents of a part of it and what
     is made of them, and 150 for each row of text.
 
@@ -182,9 +189,10 @@ def evaluate_dictionary(
         hm: the manager of the model.
         dictionary: a dictionary of raw activations, on the model's device.
         tokens: text that the dictionary was not trained on.
-        site: where the dictionary acts, of shape [batch pos d_in].
+        site: what the dictionary reads, of shape [batch pos d_in].
+        target: what a transcoder reconstructs, [batch pos d_out]; None takes the one it was trained on.
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
-        pca: a baseline that is measured on the same tokens (see `fit_pca`), for one more forward per block.
+        pca: a baseline of an SAE that is measured on the same tokens (see `fit_pca`), for one more forward per block.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
 
     Returns:
@@ -199,18 +207,27 @@ def evaluate_dictionary(
     without the correction for a finite population.
     """
     place = place_of(hm, dictionary, site)
+    gives = target_of(hm, dictionary, place, target)
     moments = _Moments(dictionary, pca)
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: activations"):
-        moments.add(hm.run(block.inputs, read=[place], logits="none")[place.name], block.mask, keep)
+        run = hm.run(block.inputs, read=[place, gives], logits="none")
+        moments.add(run[place.name], run[gives.name], block.mask, keep)
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
-    losses = _Losses(hm, dictionary, place, moments.mean, pca)
+    losses = _Losses(hm, dictionary, place, gives, moments.mean, pca)
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: losses"):
         losses.add(block, keep)
-    settings = {"site": place.name, "max_tokens": max_tokens, "special_tokens": "left out", "text": tokens.describe()}
+    settings = {
+        "site": place.name,
+        "target": gives.name,
+        "max_tokens": max_tokens,
+        "special_tokens": "left out",
+        "text": tokens.describe(),
+    }
     rows = {**moments.rows.joined(), **losses.rows.joined()}
     return DictionaryEvaluation(
         site=place.name,
+        target=None if gives == place else gives.name,
         n_tokens=moments.n,
         n_predictions=int(rows["n"].sum()),
         n_rows=int((rows["tokens"] > 0).sum()),
@@ -250,6 +267,36 @@ def place_of(hm: "HookManager", dictionary: Dictionary, site: str | Site | None 
     return place
 
 
+def target_of(hm: "HookManager", dictionary: Dictionary, place: Site, target: str | Site | None = None) -> Site:
+    """Return the site that a dictionary reconstructs: that of an SAE is its own.
+
+    Args:
+        hm: the manager of the model.
+        dictionary: a dictionary.
+        place: what it reads.
+        target: None takes the one it was trained on, from its metadata.
+
+    Raises:
+        ConfigError: a transcoder's is not known, has another width, or is given for an SAE.
+    """
+    if not isinstance(dictionary, Transcoder):
+        if target is not None and Site(target) != place:
+            raise ConfigError(
+                f"{type(dictionary).__name__} reconstructs what it reads, {place.short}; leave target out"
+            )
+        return place
+    known = target if target is not None else dictionary.cfg.metadata.get("hook_name_out")
+    if known is None:
+        raise ConfigError("the transcoder does not say what it reconstructs; give target='3.mlp_out', or another")
+    gives = Site(known)
+    if len(gives.axes) != 3 or hm.atlas.shape(gives)[-1] != dictionary.d_out:
+        raise ConfigError(
+            f"the transcoder gives {dictionary.d_out} dimensions, {gives.short} of {hm.name} is "
+            f"{' × '.join(map(str, hm.atlas.shape(gives)[2:]))}; another site or model?"
+        )
+    return gives
+
+
 class _Rows:
     """Sums of every row of text, in fp64 on the host."""
 
@@ -270,25 +317,31 @@ class _Moments:
     def __init__(self, dictionary: Dictionary, pca: Baseline | None) -> None:
         self.dictionary, self.pca, device = dictionary, pca, dictionary.W_enc.device
         self.n, self.rows = 0, _Rows()
-        self.sum = torch.zeros(dictionary.cfg.d_in, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dictionary.d_out, dtype=torch.float64, device=device)
         self.firing = torch.zeros(dictionary.cfg.d_sae, dtype=torch.long, device=device)
 
     @torch.no_grad()
     def add(
-        self, x: Float[Tensor, "row pos d_in"], real: Bool[Tensor, "row pos"], keep: Bool[Tensor, "row pos"]
+        self,
+        x: Float[Tensor, "row pos d_in"],
+        target: Float[Tensor, "row pos d_out"],
+        real: Bool[Tensor, "row pos"],
+        keep: Bool[Tensor, "row pos"],
     ) -> None:
         self.n += int(keep.sum())
         real, keep = real.to(x.device), keep.to(x.device)
-        self.sum += x.double().masked_fill(~keep[..., None], 0).sum((0, 1))
+        self.sum += target.double().masked_fill(~keep[..., None], 0).sum((0, 1))
         for part, latents in encoded_in_parts(self.dictionary, x):
-            mine, counted, active = x[part].double(), keep[part], latents > 0
+            mine, counted, active = target[part].double(), keep[part], latents > 0
             self.firing += (active & counted[..., None]).sum((0, 1))
             one = torch.ones_like(counted, dtype=torch.float64)
             self.rows.add("tokens", one, counted)
             self.rows.add("tokens_all", one, real[part])
             self.rows.add("active", active.sum(-1), counted)
             self.rows.add("active_all", active.sum(-1), real[part])
-            self.rows.add("missed", (mine - self.dictionary.decode(latents).double()).pow(2).sum(-1), counted)
+            self.rows.add(
+                "missed", (mine - self.dictionary.reconstructed(latents, x[part]).double()).pow(2).sum(-1), counted
+            )
             if self.pca is not None:
                 near = self.pca.decode(self.pca.encode(x[part])).double()
                 self.rows.add("missed_pca", (mine - near).pow(2).sum(-1), counted)
@@ -302,46 +355,48 @@ class _Losses:
     """The model's loss under each replacement, and the variance about the mean, summed by row."""
 
     def __init__(
-        self, hm: "HookManager", dictionary: Dictionary, site: Site, mean: Tensor, pca: Baseline | None
+        self, hm: "HookManager", dictionary: Dictionary, reads: Site, site: Site, mean: Tensor, pca: Baseline | None
     ) -> None:
-        self.hm, self.dictionary, self.site, self.mean, self.pca = hm, dictionary, site, mean, pca
+        self.hm, self.dictionary, self.reads, self.site, self.mean, self.pca = hm, dictionary, reads, site, mean, pca
         self.rows = _Rows()
 
     def add(self, block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
         where = Where(mask=keep)
-        writes: dict[str, list[Intervention]] = {
-            "clean": [],
-            "sae": [Splice(self.site, self.dictionary, where=where)],
-            "zero": [Ablate(self.site, "zero", where=where)],
-            "mean": [Replace(self.site, self.mean.to(self.hm.dtype), where=where)],
-            "everywhere": [Ablate(self.site, "zero")],
+        clean = self.hm.run(block.inputs, read=list({self.reads, self.site}), logits="all")
+        x = clean[self.site.name]
+        self.rows.add("variance", (x.double() - self.mean).pow(2).sum(-1), keep.to(x.device))
+        stands_in: Intervention = Splice(self.site, self.dictionary, where=where)
+        if self.reads != self.site:
+            made = torch.no_grad()(self.dictionary)(clean[self.reads.name])
+            stands_in = Replace(self.site, made.to(x.dtype), where=where)
+        writes: dict[str, Intervention | None] = {
+            "clean": None,
+            "sae": stands_in,
+            "zero": Ablate(self.site, "zero", where=where),
+            "mean": Replace(self.site, self.mean.to(self.hm.dtype), where=where),
+            "everywhere": Ablate(self.site, "zero"),
         }
         if self.pca is not None:
-            writes["pca"] = [Splice(self.site, self.pca, where=where)]
+            writes["pca"] = Splice(self.site, self.pca, where=where)
         ours = (keep[:, :-1] & keep[:, 1:]).to(self.hm.device)
         score = (keep[:, :-1] & block.mask[:, 1:]).to(self.hm.device)
         targets = block.ids[:, 1:].to(self.hm.device)
         self.rows.add("n", torch.ones_like(ours, dtype=torch.float64), ours)
         self.rows.add("n_score", torch.ones_like(ours, dtype=torch.float64), score)
-        clean: Tensor | None = None
+        known = _logprobs(clean.logits)
         for name, write in writes.items():
-            logprobs = self._logprobs(block, write, keep)
+            logprobs = known
+            if write is not None:
+                logprobs = _logprobs(self.hm.run(block.inputs, write=[write], logits="all").logits)
             loss = -logprobs.gather(-1, targets[..., None])[..., 0]
             self.rows.add(name, loss, ours)
             self.rows.add(f"score_{name}", loss, score)
-            if name == "clean":
-                clean = logprobs
-            if name == "sae" and clean is not None:
-                self.rows.add("kl", (clean.exp() * (clean - logprobs)).sum(-1), ours)
+            if name == "sae":
+                self.rows.add("kl", (known.exp() * (known - logprobs)).sum(-1), ours)
 
-    def _logprobs(
-        self, block: TokenBlock, write: list[Intervention], keep: Tensor
-    ) -> Float[Tensor, "row next d_vocab"]:
-        run = self.hm.run(block.inputs, read=[] if write else [self.site], write=write, logits="all")
-        if not write:
-            x = run[self.site.name]
-            self.rows.add("variance", (x.double() - self.mean).pow(2).sum(-1), keep.to(x.device))
-        return run.logits[:, :-1].float().log_softmax(-1)
+
+def _logprobs(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row next d_vocab"]:
+    return logits[:, :-1].float().log_softmax(-1)
 
 
 def _ratios(rows: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from interp.report.html import visible
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-__all__ = ["Axis", "bars", "curves", "heatmap", "line", "plain"]
+__all__ = ["Axis", "bars", "curves", "dressed", "heatmap", "line", "plain"]
 
 # A grey that is legible on white and on near-black: a figure in a notebook does not know its background.
 _INK = "#7b808a"
@@ -105,7 +105,7 @@ def heatmap(
             **cells,
         )
     )
-    _house(figure, title, value)
+    dressed(figure, title, value)
     figure.update_layout(height=max(220, 160 + _CELL * height), hovermode="closest")
     if text is not None and width > _FITTING:
         figure.update_layout(width=170 + _CELL_WIDTH * width)
@@ -152,7 +152,7 @@ def line(
             line={"width": 2, "color": colour},
             marker={"size": 5},
         )
-    _house(figure, title)
+    dressed(figure, title)
     figure.update_layout(height=360, showlegend=len(series) > 1, hovermode="x unified")
     figure.update_xaxes(**_ticks(x, n))
     figure.update_yaxes(title={"text": plain(value), "standoff": 10})
@@ -204,7 +204,7 @@ def curves(
                 row=row,
                 col=1,
             )
-    _house(figure, title)
+    dressed(figure, title)
     figure.update_annotations(font={"size": 12, "color": _INK}, x=0, xanchor="left")
     beside = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     figure.update_layout(height=200 + 160 * count, hovermode="x unified", legend=beside)
@@ -239,7 +239,7 @@ def bars(
     figure = go.Figure(
         go.Bar(x=list(range(len(heights))), y=heights, marker={"color": colours}, customdata=names, hovertemplate=hover)
     )
-    _house(figure, title)
+    dressed(figure, title)
     figure.update_layout(height=360, bargap=0.25)
     figure.update_xaxes(**_ticks(labels, len(heights)), showgrid=False)
     figure.update_yaxes(title={"text": plain(value), "standoff": 10})
@@ -251,7 +251,8 @@ def plain_lines(text: str) -> str:
     return "<br>".join(plain(part) for part in text.split("\n"))
 
 
-def _house(figure: "plotly.graph_objects.Figure", title: str, subtitle: str = "") -> None:
+def dressed(figure: "plotly.graph_objects.Figure", title: str, subtitle: str = "") -> None:
+    """Give a figure the house's looks, and its title."""
     figure.update_layout(
         template="none",
         title={

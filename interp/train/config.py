@@ -1,16 +1,20 @@
 """The settings of a dictionary's training: one pydantic model per concern, units in the descriptions."""
 
-from typing import Literal
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from interp.core.settings import Settings
+from interp.core.errors import ConfigError
+from interp.core.settings import Settings, describe_faults
 from interp.core.site import Site
-from interp.dictionaries.options import DictionaryOptions
+from interp.dictionaries.options import DictionaryOptions, Kind
 
 __all__ = [
     "DictionaryOptions",
     "EvaluationOptions",
+    "SweepOptions",
     "TextOptions",
     "TrainConfig",
     "TrainOptions",
@@ -105,11 +109,42 @@ class EvaluationOptions(Settings):
     )
 
 
+class SweepOptions(Settings):
+    """Settings of which each value is trained, all of them on one pass of the model; empty for none."""
+
+    site: tuple[str, ...] = Field(default=(), description="sites to read")
+    target: tuple[str, ...] = Field(default=(), description="what transcoders reconstruct, one for each of the sites")
+    kind: tuple[Kind, ...] = Field(default=(), description="architectures")
+    d_sae: tuple[int, ...] = Field(default=(), description="numbers of latents")
+    k: tuple[int, ...] = Field(default=(), description="numbers of latents that may be active per token")
+    sparsity: tuple[float, ...] = Field(default=(), description="weights of the sparsity penalty")
+    lr: tuple[float, ...] = Field(default=(), description="Adam's step sizes")
+    seed: tuple[int, ...] = Field(default=(), description="of the first weights; the order of the text is the seed's")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "SweepOptions":
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if len(set(values)) < len(values) and name != "target":
+                raise ValueError(f"{name} holds {values}: give each value once")
+        if self.target and len(self.target) != len(self.site):
+            raise ValueError(f"{len(self.target)} targets for {len(self.site)} sites; give one target for each site")
+        return self
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is swept."""
+        return any(getattr(self, name) for name in type(self).model_fields)
+
+
 class TrainConfig(Settings):
     """Train a sparse dictionary on a site of a model."""
 
     model: str = Field(description="a folder, testbed or testbed-llama, or a name on the Hugging Face hub")
     site: str = Field(description="where to read, such as blocks.3.hook_resid_post or 3.resid_post")
+    target: str | None = Field(
+        default=None, description="what a transcoder reconstructs, such as 3.mlp_out; its site is then 3.ln2.normalized"
+    )
     data: str = Field(
         description="text: a .txt, .md or .jsonl file, a folder of them, hf://owner/name, or testbed: the small world's"
     )
@@ -138,12 +173,56 @@ class TrainConfig(Settings):
     text: TextOptions = TextOptions()
     train: TrainOptions = TrainOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    sweep: SweepOptions = SweepOptions()
 
-    @field_validator("site")
+    @field_validator("site", "target")
     @classmethod
-    def _site_parses(cls, value: str) -> str:
-        Site(value)
+    def _site_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            Site(value)
         return value
+
+    @model_validator(mode="after")
+    def _has_target(self) -> "TrainConfig":
+        given = self.target is not None or bool(self.sweep.target)
+        if given != (self.dictionary.form != "sae"):
+            raise ValueError(
+                f"dictionary.form is {self.dictionary.form!r} and target is {'given' if given else 'not given'}: a "
+                "transcoder needs the site that it reconstructs, an SAE has none but its own"
+            )
+        return self
+
+    def members(self) -> dict[str, "TrainConfig"]:
+        """The dictionaries that this trains, by name; one of no name where nothing is swept.
+
+        Raises:
+            ConfigError: sizes that do not go together.
+        """
+        sweep = self.sweep
+        if not sweep.any:
+            return {"": self}
+        sites = [(name, {"site": name}) for name in sweep.site] or [("", {})]
+        if sweep.target:
+            sites = [(name, {**s, "target": t}) for (name, s), t in zip(sites, sweep.target, strict=True)]
+        axes = [[(f"site-{name}" if name else "", change) for name, change in sites]]
+        for name in ("kind", "d_sae", "k", "sparsity", "lr", "seed"):
+            values = getattr(sweep, name)
+            axes.append([(f"{name}-{value}", {name: value}) for value in values] or [("", {})])
+        found = {}
+        for chosen in product(*axes):
+            name = "_".join(part for part, _ in chosen if part)
+            found[name] = self._changed({k: v for _, change in chosen for k, v in change.items()}, name)
+        return found
+
+    def _changed(self, change: dict[str, Any], name: str) -> "TrainConfig":
+        made = self.model_dump(mode="json", exclude={"sweep"})
+        for key, value in change.items():
+            inside = "train" if key == "lr" else "dictionary" if key in ("kind", "d_sae", "k", "sparsity") else None
+            (made if inside is None else made[inside])[key] = value
+        try:
+            return TrainConfig.model_validate({**made, "out": str(Path(self.out) / name)})
+        except ValidationError as err:
+            raise ConfigError(f"{name} cannot be: {describe_faults(err, TrainConfig)}") from err
 
     @property
     def store_is_remote(self) -> bool:

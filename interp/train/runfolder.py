@@ -5,6 +5,7 @@
     metrics.jsonl         losses and counts by step: the same bytes for the same run, stopped and resumed or not
     speed.jsonl           tokens per second by step
     evaluation.json       figures on held-out text
+    sweep.csv, sweep.html of a sweep, whose dictionaries have such folders of their own in it: all figures
     cfg.json, sae_weights.safetensors   the dictionary
     resume/               a state to resume from, until the run is finished
 
@@ -27,6 +28,7 @@ from interp.train.checkpoint import STEP_NAMES, SavedState, StateFolder
 __all__ = [
     "METRICS",
     "SPEED",
+    "SWEEP",
     "RunFolder",
     "append_line",
     "cut_back",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
+SWEEP = ("sweep.csv", "sweep.html")
 _CONFIG, _PROVENANCE, _EVALUATION = "config.yaml", "provenance.json", "evaluation.json"
 # Wall time is no part of what a run must leave alike.
 _TIMED = "tokens_per_s"
@@ -47,8 +50,8 @@ class RunFolder:
         path: the folder. Nothing is touched before `begin` or `go_on`.
     """
 
-    FILES = (CFG, WEIGHTS, _EVALUATION, METRICS, SPEED, _PROVENANCE, _CONFIG)
-    HELD = ("step", "tokens", "fit", "stream", "metrics_bytes", "settings", "versions", "config")
+    FILES = (CFG, WEIGHTS, _EVALUATION, METRICS, SPEED, _PROVENANCE, _CONFIG, *SWEEP)
+    HELD = ("step", "tokens", "members", "stream", "settings", "versions", "config")
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -80,14 +83,29 @@ class RunFolder:
             ArtifactError: as for `check`, or the folder cannot be written.
         """
         self.check(force=force)
+        self._clear()
+        self._states.save(state)
+        self.config(config)
+
+    def begin_in(self, config: str) -> None:
+        """Make the folder of a dictionary that is trained with others, whose folder holds the states of all.
+
+        Args:
+            config: its settings, as YAML.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        self._clear()
+        self.config(config)
+
+    def _clear(self) -> None:
         with self.writing():
             self.path.mkdir(parents=True, exist_ok=True)
             for name in [name for name in self.FILES if (self.path / name).exists()]:
                 (self.path / name).unlink()
             self._states.clear()
             clear_drafts(self.path, self.FILES, patterns=[STEP_NAMES])
-        self._states.save(state)
-        self.config(config)
 
     def check_resume(self) -> int:
         """Return the step after which the run would go on.
@@ -110,23 +128,35 @@ class RunFolder:
         self.check_resume()
         return self._states.latest()
 
-    def go_on(self, state: SavedState, config: str) -> None:
-        """Take the folder back to how it was at a state: what came later goes, to be made again.
+    def cut_back(self, step: int, metrics_bytes: int, config: str) -> None:
+        """Take metrics and dictionary back to how they were at a state: what came later goes, to be made again.
 
         Args:
-            state: what the run goes on from.
+            step: of the state.
+            metrics_bytes: the size of the metrics then.
             config: the settings, as YAML; those that do not decide the outcome may have changed.
 
         Raises:
             ArtifactError: the metrics are shorter than they were, or the folder cannot be written.
         """
-        cut_back(self.path / METRICS, state.record["metrics_bytes"])
         with self.writing():
-            for name in (CFG, WEIGHTS, _EVALUATION):
+            self.path.mkdir(parents=True, exist_ok=True)  # it may have been killed before it was made
+        cut_back(self.path / METRICS, metrics_bytes)
+        with self.writing():
+            for name in (CFG, WEIGHTS, _EVALUATION, *SWEEP):
                 (self.path / name).unlink(missing_ok=True)
-            forget_after(self.path / SPEED, state.record["step"])
-            self._states.keep(state.record["step"])
+            forget_after(self.path / SPEED, step)
             clear_drafts(self.path, self.FILES, patterns=[STEP_NAMES])
+        self.config(config)
+
+    def go_on(self, step: int, config: str) -> None:
+        """Keep the state of a step alone, and write the settings.
+
+        Raises:
+            ArtifactError: the folder cannot be written.
+        """
+        with self.writing():
+            self._states.keep(step)
         self.config(config)
 
     def save_state(self, state: SavedState) -> None:
@@ -137,10 +167,19 @@ class RunFolder:
         """
         self._states.save(state)
 
+    def write(self, name: str, text: str) -> None:
+        """Write a further file of `FILES`."""
+        with self.writing():
+            atomic_write(self.path / name, text)
+
     def finish(self, record: Mapping[str, Any]) -> None:
         """Write the last record of what the run is, then remove the state to resume from."""
         self.provenance({**record, "status": "finished"})
         self._states.clear()
+
+    def holds_alone(self, name: str) -> bool:
+        """Whether the folder holds nothing but something of a name."""
+        return self.path.is_dir() and [path.name for path in self.path.iterdir()] == [name]
 
     @staticmethod
     def settings(path: str | Path) -> dict[str, Any]:

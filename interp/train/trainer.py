@@ -433,7 +433,8 @@ def run_fits(
 def _begin(fits: Sequence[DictionaryFit], stream: Iterator[Sequence[Batch]], asked: Callable[[], bool]) -> None:
     """Draw the first weights of every fit from the first batches, unless it was asked to stop before there are any."""
     held: list[Sequence[Batch]] = []
-    while sum(len(given[0].x) for given in held) < _SAMPLE_TOKENS and (given := next(stream, None)) is not None:
+    wanted = min(_SAMPLE_TOKENS, fits[0].options.tokens)
+    while sum(len(given[0].x) for given in held) < wanted and (given := next(stream, None)) is not None:
         held.append(given)
     if not held and asked():
         return

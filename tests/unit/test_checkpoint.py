@@ -17,7 +17,8 @@ from tests.death import Death, Killed
 
 
 def state(step: int, **changes: Any) -> SavedState:
-    record = {**{key: {} for key in RunFolder.HELD}, "step": step, "metrics_bytes": 0, "config": {"a": step}, **changes}
+    members = {"": {"fit": {}, "metrics_bytes": changes.pop("metrics_bytes", 0)}}
+    record = {**{key: {} for key in RunFolder.HELD}, "step": step, "members": members, "config": {"a": step}, **changes}
     return SavedState(record, {"weights": torch.full((300,), float(step))})
 
 
@@ -70,7 +71,8 @@ def test_a_run_folder_goes_back_to_a_state(tmp_path: Path) -> None:
     assert again.check_resume() == 7
     found = again.saved()
     assert torch.equal(found.tensors["weights"], torch.full((300,), 7.0))
-    again.go_on(found, "a: 2\n")
+    again.cut_back(7, found.record["members"][""]["metrics_bytes"], "a: 2\n")
+    again.go_on(7, "a: 2\n")
     assert {str(p.relative_to(folder.path)) for p in folder.path.rglob("*") if p.is_file()} == {
         "config.yaml",
         "metrics.jsonl",
@@ -97,7 +99,8 @@ def counted_run(path: Path, *, resume: bool = False) -> None:
     folder = RunFolder(path)
     if resume:
         found = folder.saved()
-        folder.go_on(found, "a: 1\n")
+        folder.cut_back(found.record["step"], found.record["members"][""]["metrics_bytes"], "a: 1\n")
+        folder.go_on(found.record["step"], "a: 1\n")
         step, weight = int(found.record["step"]), found.tensors["weights"].clone()
     else:
         folder.begin(state(0), "a: 1\n")

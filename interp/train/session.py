@@ -1,0 +1,313 @@
+"""One training under way: the model, one stream of activations, and the dictionaries that are fitted to it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+
+from interp.core.disk import differences, digest, weights_digest
+from interp.core.errors import ConfigError
+from interp.core.manager import HookManager
+from interp.core.result import Provenance
+from interp.core.site import Site
+from interp.data.remote import RemoteStore
+from interp.data.store import Batch, BatchStream, StreamState
+from interp.data.tune import refuse_long_rows
+from interp.evaluate.baseline import PCA, fit_pca
+from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
+from interp.train.activations import check_store, open_store, tokens_of, vector_site
+from interp.train.checkpoint import SavedState
+from interp.train.config import TrainConfig
+from interp.train.runfolder import RunFolder
+from interp.train.signals import StopSignals
+from interp.train.trainer import DictionaryFit, Training, run_fits
+
+__all__ = ["Member", "Session"]
+
+_STREAM = "stream."
+
+
+class Member:
+    """One dictionary of a training, with its folder.
+
+    Args:
+        cfg: its own configuration.
+        name: of it among the others; "" where it is alone.
+        hm: the manager of the model.
+        folder: its run folder.
+    """
+
+    def __init__(self, cfg: TrainConfig, name: str, hm: HookManager, folder: RunFolder) -> None:
+        self.name, self.hm, self.folder = name, hm, folder
+        shapes = {s: hm.atlas.shape(s) for s in hm.sites().sites}
+        self.site, d_in = vector_site(cfg.site, shapes)
+        self.target: Site | None = None
+        d_out = d_in
+        if cfg.target is not None:
+            self.target, d_out = vector_site(cfg.target, shapes)
+        self.cfg = cfg.sized(d_in)
+        self.dictionary = self.cfg.dictionary.make(d_in, d_out).to(hm.device)
+        shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
+        self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=f"{name} {shown}".strip())
+
+    @property
+    def sites(self) -> list[Site]:
+        """What it reads, and what it reconstructs."""
+        return [self.site] if self.target is None else [self.site, self.target]
+
+    def record(self) -> dict[str, Any]:
+        """Where its fit stands, as plain JSON."""
+        # Before the first step nothing has been written; a run that this one replaces does not count.
+        return {"fit": self.fit.record(), "metrics_bytes": self.folder.metrics_bytes() if self.fit.steps else 0}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What its fit is made of, by name."""
+        return {f"{self.name}/{name}": value for name, value in self.fit.tensors().items()}
+
+    def restore(self, saved: SavedState) -> None:
+        """Go back to a saved state."""
+        mark = f"{self.name}/"
+        mine = {name.removeprefix(mark): v for name, v in saved.tensors.items() if name.startswith(mark)}
+        self.fit.restore(saved.record["members"][self.name]["fit"], mine)
+
+    def finish(self) -> Training:
+        """Fold what training scaled, and write the dictionary as far as it was trained."""
+        training = self.fit.finish()
+        self.dictionary = self.dictionary.frozen()
+        if training.steps:
+            with self.folder.writing():
+                self.dictionary.save(self.folder.path, notes=self._notes(training))
+        return training
+
+    def measured(self, pca: PCA | None, stop: Callable[[], bool]) -> DictionaryEvaluation:
+        """Measure on held-out text; KeyboardInterrupt where it is to stop before the end."""
+        cfg = self.cfg
+        evaluation = evaluate_dictionary(
+            self.hm,
+            self.dictionary,
+            tokens_of(cfg, self.hm, "held_out"),
+            self.site,
+            target=self.target,
+            pca=pca,
+            max_tokens=cfg.evaluation.tokens,
+            should_stop=stop,
+        )
+        of_training = f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
+        text = cfg.evaluation.data or of_training
+        self.folder.evaluation({**evaluation.scalars(), "text": text, "special_tokens": "left out"})
+        return evaluation
+
+    def _notes(self, training: Training) -> dict[str, Any]:
+        """What SAELens' metadata says of a dictionary."""
+        cfg = self.cfg
+        options = cfg.dictionary.model_dump(mode="json", exclude_defaults=True, exclude={"kind"})
+        return {
+            "hook_name": self.site.name,
+            **({} if self.target is None else {"hook_name_out": self.target.name}),
+            "model_name": self.hm.name,
+            "model_class_name": type(self.hm.model).__name__,
+            "context_size": cfg.text.ctx,
+            "dataset_path": cfg.data,
+            "prepend_bos": tokens_of(cfg, self.hm, "train").bos,
+            "exclude_special_tokens": True,
+            "disable_concat_sequences": cfg.text.packing == "one_doc",
+            "training_tokens": training.tokens,
+            "training_architecture": cfg.dictionary.kind,
+            "training_architecture_details": options,
+        }
+
+
+class Session:
+    """Model, text and stream of one training, and its dictionaries, which take each step together.
+
+    Args:
+        cfg: the configuration.
+        folder: the run folder; a sweep's dictionaries have their own in it.
+        stop: what signals have asked for.
+    """
+
+    def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: StopSignals) -> None:
+        self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
+        self.folder, self.stop = folder, stop
+        self.members = [
+            Member(one, name, self.hm, RunFolder(one.out) if name else folder) for name, one in cfg.members().items()
+        ]
+        self.cfg = cfg if cfg.sweep.any else self.members[0].cfg
+        self.sites = list(dict.fromkeys(site for member in self.members for site in member.sites))
+        needs_gradient = any(member.cfg.dictionary.kind == "gradient_topk" for member in self.members)
+        check_store(cfg, self.hm, self.sites, gradient=needs_gradient)
+        # Text that cannot be read, rows too long for the model, or too little text to hold some out are better known
+        # before training than after.
+        first = next(tokens_of(cfg, self.hm, "train").blocks())
+        refuse_long_rows(self.hm, first)
+        next(tokens_of(cfg, self.hm, "held_out").blocks())
+        self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
+        # Last: the cache of a store at a URL is made here, and its first shards are fetched with the first stream.
+        self.store = open_store(self.cfg, self.hm, self.sites)
+        self.stream: BatchStream  # of `begin` or `go_on`
+
+    @property
+    def first(self) -> DictionaryFit:
+        """The fit of the first dictionary: all of them stand at the same step."""
+        return self.members[0].fit
+
+    def begin(self, *, force: bool) -> int:
+        """Make the folders of a new run; gives the step that it begins after."""
+        self.stream = self._stream()
+        self.folder.begin(self._state(), self.cfg.to_yaml(), force=force)
+        for member in self._own():
+            member.folder.begin_in(member.cfg.to_yaml())
+        return 0
+
+    def remove_cache(self) -> None:
+        """Remove the store's cache, if it is this run's own."""
+        if isinstance(self.store, RemoteStore) and self.cfg.store_cache is None:
+            del self.stream  # with what it reads ahead
+            self.store.remove_cache()
+
+    def go_on(self, say: Callable[[str], None]) -> int:
+        """Take everything back to how it was at the saved state; gives its step.
+
+        Raises:
+            ConfigError: what decides the outcome is not as it was.
+        """
+        # Of this function alone: the state is as large as the buffer and three times the dictionaries.
+        saved = self.folder.saved()
+        record = saved.record
+        others = list(differences(record["settings"], self.settings))
+        if others:
+            raise ConfigError(
+                f"the run in {self.folder.path} was begun with other settings: {'; '.join(others)}. Resume with those "
+                "it was begun with, or begin anew in another folder"
+            )
+        if changed := list(differences(record["versions"], _versions(self.hm))):
+            say(f"resuming with other versions ({'; '.join(changed)}): the bits may differ from those of one run")
+        for member in self.members:
+            held = record["members"][member.name]
+            member.folder.cut_back(record["step"], held["metrics_bytes"], member.cfg.to_yaml())
+        self.folder.go_on(record["step"], self.cfg.to_yaml())
+        if record["step"]:
+            for member in self.members:
+                member.restore(saved)
+        self.stream = self._restored(record["stream"] if record["step"] else {}, saved)
+        return int(record["step"])
+
+    def train(self, progress: bool) -> list[Training]:
+        """Take the steps, and write the dictionaries as far as they were trained."""
+        run_fits(
+            [member.fit for member in self.members],
+            self._batches(),
+            [member.folder.log for member in self.members],
+            save=lambda: self.folder.save_state(self._state()),
+            save_wanted=self.stop.save_wanted,
+            should_stop=self.stop,
+            progress=progress,
+        )
+        return [member.finish() for member in self.members]
+
+    def measured(self) -> list[DictionaryEvaluation] | None:
+        """Measure on held-out text; None when a signal came before the end."""
+        known: dict[tuple[Any, ...], PCA | None] = {}
+        found = []
+        try:
+            for member in self.members:
+                key = self._baseline(member)
+                if key not in known:
+                    known[key] = self._pca(*key)
+                found.append(member.measured(known[key], self.stop))
+        except KeyboardInterrupt:
+            return None
+        return found
+
+    def origin(self) -> dict[str, Any]:
+        """Where the run comes from, for its record."""
+        provenance = Provenance.of(self.hm, settings=self.cfg.model_dump(mode="json"), seed=self.cfg.seed)
+        store = self.store.describe()
+        threads, device = torch.get_num_threads(), str(self.hm.device)
+        return {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device}
+
+    def _own(self) -> Sequence[Member]:
+        """The members that have a folder of their own."""
+        return [member for member in self.members if member.name]
+
+    def _baseline(self, member: Member) -> tuple[Site, int]:
+        """The site of the PCA that is measured beside a dictionary, and its rank; 0 for none."""
+        cfg, width = member.cfg, member.dictionary.cfg.d_in
+        if member.target is not None:
+            return member.site, 0  # of the input it says nothing
+        rank = cfg.dictionary.k if cfg.evaluation.pca_rank is None else cfg.evaluation.pca_rank
+        return member.site, min(rank or 0, width)
+
+    def _pca(self, site: Site, rank: int) -> PCA | None:
+        if not rank:
+            return None
+        text, most = tokens_of(self.cfg, self.hm, "train"), self.cfg.evaluation.tokens
+        return fit_pca(self.hm, text, site, rank=rank, max_tokens=most, should_stop=self.stop)
+
+    def _state(self) -> SavedState:
+        """All that the rest of the training depends on; before the first step, how it begins."""
+        stream, tensors = self._stream_state()
+        record = {
+            "step": self.first.steps,
+            "tokens": self.first.tokens,
+            "members": {member.name: member.record() for member in self.members},
+            "stream": stream,
+            "settings": self.settings,
+            "versions": _versions(self.hm),
+            "config": self.cfg.model_dump(mode="json"),
+        }
+        if not self.first.steps:
+            return SavedState(record, {})
+        for member in self.members:
+            tensors |= member.tensors()
+        return SavedState(record, tensors)
+
+    def _stream_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        if self.first.complete:
+            return {}, {}
+        if self.first.ahead:
+            # The first weights are drawn from batches beyond this step: all that came so far comes again.
+            return {"skip": self.first.steps}, {}
+        state = self.stream.state()
+        return state.record, {_STREAM + name: value for name, value in state.tensors.items()}
+
+    def _restored(self, record: dict[str, Any], saved: SavedState) -> BatchStream:
+        named = {k.removeprefix(_STREAM): v for k, v in saved.tensors.items() if k.startswith(_STREAM)}
+        stream = self._stream(StreamState(record, named) if record and "skip" not in record else None)
+        for _ in islice(stream, record.get("skip", 0)):
+            pass
+        return stream
+
+    def _stream(self, state: StreamState | None = None) -> BatchStream:
+        return self.store.batches(x=self.sites[0], should_stop=self.stop, state=state)
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """For each step, a batch per member: the same tokens, each at its own sites."""
+        at = [
+            (self.store.place(m.site), None if m.target is None else self.store.place(m.target)) for m in self.members
+        ]
+        for rows in self.stream.rows():
+            yield [rows.batch(x, target) for x, target in at]
+
+
+def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
+    """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
+    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
+    free |= {"store_cache": True, "store_cache_bytes": True}
+    return {
+        "format": 1,
+        **cfg.model_dump(mode="json", exclude=free),
+        "model_config": Provenance.of(hm).config_hash,
+        "model_weights": weights_digest(hm.model),
+        "first_tokens": first_tokens,
+        "device": hm.device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _versions(hm: HookManager) -> dict[str, str]:
+    """What the bits depend on besides the settings."""
+    gpu = {"gpu": torch.cuda.get_device_name(hm.device)} if hm.device.type == "cuda" else {}
+    return {**Provenance.of(hm).versions, **gpu}
