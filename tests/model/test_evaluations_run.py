@@ -1,4 +1,4 @@
-"""Dark matter and description length on a model's activations: from text, from a streamed store and from a stored one."""
+"""Dark matter and description length on a model's activations: from text, a streamed store and a stored one."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def test_text_gives_what_its_activations_give_and_a_stored_store_too(hm: interp.
         assert stored.intervals[name] == pytest.approx(found.intervals[name], abs=1e-6)
     streamed = dark_matter_of(ActivationStore.stream(hm, tokens, SITE, batch_size=64, buffer_tokens=128), sae)
     assert streamed.fvu == pytest.approx(found.fvu, rel=0.1) and streamed.unit == ""
-    # A store has documents of one_doc rows in an order of its own, so another sample chooses the step: packed rows here.
+    # A store has documents of one_doc rows in another order, so another sample chooses the step: packed rows here.
     tokens = source(packing="concat")
     interp.capture(hm, tokens, SITE, tmp_path / "packed", options=interp.CaptureOptions(dtype="float32"))
     bits = description_length(hm, tokens, sae, SITE, sample_tokens=300)
