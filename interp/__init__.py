@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     from interp.data.pairs import PromptPairs
     from interp.data.statistics import activation_statistics
     from interp.data.store import ActivationStore
-    from interp.dictionaries.base import SAE
+    from interp.dictionaries.base import SAE, Transcoder
+    from interp.evaluate.dark_matter import dark_matter
+    from interp.evaluate.description_length import description_length
     from interp.evaluate.dictionary import evaluate_dictionary
     from interp.evaluate.pairs import pair_accuracy
     from interp.evaluate.top_examples import top_examples
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from interp.probing.induction import induction_scores
     from interp.report.attention import show_attention
     from interp.report.latents import show_latents
+    from interp.report.statistics import show_statistics
     from interp.report.tokens import show_tokens
 
 __version__ = "0.1.0"
@@ -92,7 +95,9 @@ _NAMES_BY_MODULE = {
     "data.pairs": ("PromptPairs",),
     "data.statistics": ("activation_statistics",),
     "data.store": ("ActivationStore",),
-    "dictionaries.base": ("SAE",),
+    "dictionaries.base": ("SAE", "Transcoder"),
+    "evaluate.dark_matter": ("dark_matter",),
+    "evaluate.description_length": ("description_length",),
     "evaluate.dictionary": ("evaluate_dictionary",),
     "evaluate.pairs": ("pair_accuracy",),
     "evaluate.top_examples": ("top_examples",),
@@ -101,6 +106,7 @@ _NAMES_BY_MODULE = {
     "probing.induction": ("induction_scores",),
     "report.attention": ("show_attention",),
     "report.latents": ("show_latents",),
+    "report.statistics": ("show_statistics",),
     "report.tokens": ("show_tokens",),
 }
 _HOMES = {name: f"interp.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
@@ -135,12 +141,15 @@ __all__ = [
     "SiteError",
     "Splice",
     "Tokens",
+    "Transcoder",
     "Where",
     "WhereError",
     "__version__",
     "activation_patch",
     "activation_statistics",
     "capture",
+    "dark_matter",
+    "description_length",
     "evaluate_dictionary",
     "induction_scores",
     "logit_diff",
@@ -148,6 +157,7 @@ __all__ = [
     "pair_accuracy",
     "show_attention",
     "show_latents",
+    "show_statistics",
     "show_tokens",
     "top_examples",
 ]

@@ -221,6 +221,8 @@ def dark_matter(
     Raises:
         ConfigError: the dictionary does not fit the site, or a share that is not between 0 and 1.
         DataError: too few tokens, or activations that are not finite.
+
+    Source: Engels et al. 2024, "Decomposing the dark matter of sparse autoencoders" (2410.14670); see `dark_matter_of`.
     """
     place = place_of(hm, dictionary, site)
     samples = Samples.of_text(hm, tokens, place, max_tokens=max_tokens, doing="measuring dark matter")

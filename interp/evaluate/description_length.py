@@ -164,6 +164,8 @@ def description_length(
     Raises:
         ConfigError: the dictionary does not fit the site, or an epsilon that is not above 0.
         DataError: too few tokens, or activations that are not finite.
+
+    Source: Ayonrinde et al. 2024, "Interpretability as compression" (2410.11179); see `description_length_of`.
     """
     place = place_of(hm, dictionary, site)
     samples = Samples.of_text(hm, tokens, place, max_tokens=max_tokens, doing="measuring description length")

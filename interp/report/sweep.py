@@ -14,16 +14,17 @@ if TYPE_CHECKING:
 
 __all__ = ["pareto", "sweep_page"]
 
+_SHOWN = ("name", "l0", "fvu", "ce_recovered", "kl", "dead", "pca_rank", "pca_fvu", "pca_ce_recovered", "n_tokens")
 _PANELS = {"fvu": "FVU (lower is better)", "ce_recovered": "CE recovered (higher is better)"}
 
 
 def pareto(table: "pandas.DataFrame") -> "plotly.graph_objects.Figure":
     """Draw sparsity against reconstruction, a point per dictionary, with 95 % intervals over rows of text.
 
-    A line joins the dictionaries that no other beats in both.
+    A line joins the dictionaries of a site that no other beats in both.
 
     Args:
-        table: a row per dictionary: `name`, `l0`, `fvu`, `ce_recovered`, each with `_low` and `_high`.
+        table: a row per dictionary: `name`, `site`, `l0`, `fvu`, `ce_recovered`, these with `_low` and `_high`.
 
     Raises:
         DataError: no dictionary was measured.
@@ -34,35 +35,43 @@ def pareto(table: "pandas.DataFrame") -> "plotly.graph_objects.Figure":
     if not len(table) or "fvu" not in table:
         raise DataError("no dictionary of this sweep was measured; there is nothing to draw")
     figure = make_subplots(rows=1, cols=2, subplot_titles=list(_PANELS.values()), horizontal_spacing=0.12)
-    names = [plain(str(name)) for name in table["name"]]
+    dressed(figure, "")
+    ways = figure.layout.colorway
     for column, (what, title) in enumerate(_PANELS.items(), start=1):
-        x, y = table["l0"].to_numpy(float), table[what].to_numpy(float)
-        spread = [np.nan_to_num(np.abs(table[f"{what}_{end}"].to_numpy(float) - y)) for end in ("high", "low")]
-        best = _undominated(x, y if what == "fvu" else -y)
-        front = go.Scatter(x=x[best], y=y[best], mode="lines", line={"width": 1, "dash": "dot"}, hoverinfo="skip")
-        figure.add_trace(front, row=1, col=column)
-        points = go.Scatter(
-            x=x,
-            y=y,
-            mode="markers",
-            text=names,
-            marker={"size": 9},
-            error_y={"type": "data", "array": spread[0], "arrayminus": spread[1], "thickness": 1},
-            hovertemplate="%{text}<br>L0 %{x:.2f}<br>%{y:.4f}<extra></extra>",
-        )
-        figure.add_trace(points, row=1, col=column)
+        # What one site loses says nothing of another: each has a front of its own.
+        for number, (site, group) in enumerate(table.groupby("site", sort=False)):
+            colour, name = ways[number % len(ways)], plain(str(site))
+            x, y = group["l0"].to_numpy(float), group[what].to_numpy(float)
+            spread = [np.nan_to_num(np.abs(group[f"{what}_{end}"].to_numpy(float) - y)) for end in ("high", "low")]
+            best = _undominated(x, y if what == "fvu" else -y)
+            line = {"width": 1, "dash": "dot", "color": colour}
+            front = go.Scatter(x=x[best], y=y[best], mode="lines", line=line, hoverinfo="skip", showlegend=False)
+            points = go.Scatter(
+                x=x,
+                y=y,
+                mode="markers",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                text=[plain(str(one)) for one in group["name"]],
+                marker={"size": 9, "color": colour},
+                error_y={"type": "data", "array": spread[0], "arrayminus": spread[1], "thickness": 1},
+                hovertemplate="%{text}<br>L0 %{x:.2f}<br>%{y:.4f}<extra></extra>",
+            )
+            figure.add_trace(front, row=1, col=column)
+            figure.add_trace(points, row=1, col=column)
         figure.update_xaxes(title_text="L0: active latents per token", row=1, col=column)
         figure.update_yaxes(title_text=title.split(" (")[0], row=1, col=column)
-    dressed(figure, "Sparsity against what is kept")
-    figure.update_layout(showlegend=False, height=420)
+    figure.update_layout(height=440, margin={"t": 80}, legend={"y": 1.12})
     return figure
 
 
 def sweep_page(table: "pandas.DataFrame") -> str:
     """Return a page with the figure and the table of a sweep, as a whole HTML document."""
-    note = "Held-out text; intervals in the file sweep.csv beside this page."
-    shown = table[[name for name in table.columns if not name.endswith(("_low", "_high"))]]
-    return page("Sweep", [Section("", pareto(table)), Section("Figures", shown, note=note)])
+    note = "Measured on held-out text; all figures with their 95 % intervals are in sweep.csv beside this page."
+    shown = table[[name for name in _SHOWN if name in table]]
+    sections = [Section("Sparsity against what is kept", pareto(table)), Section("Figures", shown, note=note)]
+    return page("Sweep", sections)
 
 
 def _undominated(x: "np.ndarray", y: "np.ndarray") -> "np.ndarray":
