@@ -23,7 +23,8 @@ from tqdm import tqdm
 from interp.core.errors import ArtifactError, ConfigError
 from interp.data.ahead import Ahead
 from interp.data.manifest import COMPLETE, MANIFEST, SHARDS, Manifest, read_complete
-from interp.data.remotefolder import RemoteFolder, ShardCache, checked_record, lock, refuse_other
+from interp.data.remotecache import ShardCache
+from interp.data.remotefolder import RemoteFolder, checked_record, lock, refuse_other
 from interp.data.shard import RECORD, Shard, checksum, record_bytes, shard_name
 from interp.data.store import Rows, StreamState, check_sizes
 from interp.data.stored import BLOCK, StoredActivations

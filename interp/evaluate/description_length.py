@@ -16,10 +16,10 @@ from interp.core.site import Site
 from interp.data.store import ActivationStore
 from interp.data.tokens import TokenSource
 from interp.dictionaries.base import Dictionary
-from interp.evaluate.dark_matter import Samples
 from interp.evaluate.dictionary import place_of
 from interp.evaluate.noise import ratio_interval, t_quantile
 from interp.evaluate.reading import encoded_in_parts
+from interp.evaluate.samples import Samples
 
 if TYPE_CHECKING:
     import pandas

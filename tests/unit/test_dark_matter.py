@@ -12,8 +12,9 @@ from interp.core.result import Result
 from interp.core.site import Site
 from interp.data.store import ActivationStore, Rows, StreamState
 from interp.dictionaries.topk import TopKSAE
-from interp.evaluate import dark_matter as home
-from interp.evaluate.dark_matter import DarkMatter, Samples, dark_matter_of
+from interp.evaluate import samples as home
+from interp.evaluate.dark_matter import DarkMatter, dark_matter_of
+from interp.evaluate.samples import Samples
 
 THETA, DENSE = 0.4, 0.7
 FIGURES = ("fvu", "fvu_nonlinear", "linear_share", "r2_pooled", "norm_r2")

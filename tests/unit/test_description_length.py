@@ -10,8 +10,8 @@ from interp.core.errors import ConfigError, DataError
 from interp.core.result import Result
 from interp.dictionaries.topk import TopKSAE
 from interp.evaluate import description_length as home
-from interp.evaluate.dark_matter import Samples
 from interp.evaluate.description_length import DescriptionLength, description_length_of
+from interp.evaluate.samples import Samples
 
 
 def identity(d: int, *, scale: Tensor | None = None) -> TopKSAE:
@@ -121,7 +121,7 @@ def test_a_latent_that_writes_nothing_costs_only_its_firing() -> None:
 def test_counting_by_hand_gives_the_same_whatever_the_parts(
     part: int, pending: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import interp.evaluate.dark_matter as reading
+    import interp.evaluate.samples as reading
 
     monkeypatch.setattr(reading, "_PART", part)
     monkeypatch.setattr(home, "_PENDING", pending)
