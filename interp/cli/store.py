@@ -255,10 +255,11 @@ def _described(record: dict[str, Any]) -> str:
     made = record["manifest"]
     text, state = made["text"], "complete" if record["complete"] else "being written, or left unfinished"
     sites = ", ".join(f"{site['name']} {tuple(site['shape'])}" for site in made["sites"])
+    gradients = f", with gradients of the {made['gradient']}" if made["gradient"] else ""
     lines = [
         f"{record['store']}: {state}",
         f"model     {made['model']} ({made['model_dtype']}, config {made['config_hash']})",
-        f"sites     {sites}, kept as {made['dtype']}" + (", with gradients of the loss" if made["gradient"] else ""),
+        f"sites     {sites}, kept as {made['dtype']}{gradients}",
         f"text      {text['source']} ({text['part']}), rows of {text['ctx']}, {text['packing']}, BOS {text['bos']}",
         f"holds     {record['tokens']:,} tokens and {record['rows'] - record['tokens']:,} special ones in "
         f"{record['shards']:,} shards, {record['bytes'] / 1e9:.2f} GB",

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +22,6 @@ from interp.core.checks import processes_of
 from interp.core.compiled import CompiledBlocks
 from interp.core.disk import weights_digest
 from interp.core.errors import ArtifactError, ConfigError, DataError
-from interp.core.metrics import loss_per_token
 from interp.core.result import Provenance
 from interp.core.run import Run
 from interp.core.settings import Settings
@@ -35,6 +33,7 @@ from interp.data.manifest import Manifest, SiteLayout, TextLayout
 from interp.data.replica import Replica
 from interp.data.store import row_sites
 from interp.data.storefolder import Claim, StoreFolder
+from interp.data.textloss import LOSSES, LossName
 from interp.data.tokens import TokenBlock, TokenSource
 from interp.data.tune import refuse_long_rows
 from interp.data.writing import Writer
@@ -60,8 +59,10 @@ class CaptureOptions(Settings):
         gt=0,
         description="tokens after which no further unit is captured, special ones not counted; by default all text",
     )
-    gradient: Literal["loss"] | None = Field(
-        default=None, description="keep the gradient of the text's summed loss (nats) beside each activation"
+    gradient: LossName | None = Field(
+        default=None,
+        description="keep a gradient beside each activation: of the row's summed loss (nats), of the summed entropy of "
+        "its predictions (nats), or of the sum of its largest logits",
     )
     compile: Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         default="off",
@@ -256,8 +257,8 @@ class _Forwards:
 
     def run(self, block: TokenBlock) -> Run:
         """Run the model on some tokens, and read."""
-        if self.manifest.gradient is not None:
-            return self.hm.run(block.inputs, read=self.sites, grad=partial(_text_loss, real=block.mask))
+        if (name := self.manifest.gradient) is not None:
+            return self.hm.run(block.inputs, read=self.sites, grad=lambda run: LOSSES[name](run, block.mask))
         # The last rows of a unit are fewer, and some are padded: they run as they are.
         layout = self.manifest.text
         whole = bool(block.mask.all()) and block.ids.shape == (layout.rows, layout.ctx) and self.fitting is None
@@ -453,14 +454,6 @@ def _unit(documents: int, rows: int, options: CaptureOptions, bytes_per_row: int
     if options.max_tokens is not None:
         wanted = min(wanted, options.max_tokens / 20)
     return max(1, round(wanted * documents / rows))
-
-
-def _text_loss(run: Run, real: Tensor) -> Tensor:
-    """Each row's loss, summed over the predictions of real tokens from real ones, in nats."""
-    if run.tokens is None:
-        raise DataError("the loss of a text needs its tokens")
-    loss, _ = loss_per_token(run.logits, run.tokens, real)
-    return loss.sum(-1)
 
 
 def _never() -> bool:

@@ -19,6 +19,7 @@ from interp.core.disk import differences
 from interp.core.errors import ArtifactError, ConfigError
 from interp.core.settings import Settings, describe_faults
 from interp.data.codec import codec_named
+from interp.data.textloss import LossName
 
 __all__ = [
     "COMPLETE",
@@ -75,7 +76,7 @@ class Manifest(Settings):
     model_dtype: str = Field(description="in which the model ran")
     sites: tuple[SiteLayout, ...] = Field(description="what was read, in order")
     dtype: str = Field(description="in which activations are kept")
-    gradient: str | None = Field(default=None, description="the loss whose gradients lie beside the activations")
+    gradient: LossName | None = Field(default=None, description="what gradients beside the activations are of")
     processes: int = Field(default=1, description="that ran the model together (tensor parallelism)")
     compile: str = Field(default="off", description="torch.compile's mode for the model's blocks")
     text: TextLayout

@@ -149,6 +149,30 @@ def test_gradients_are_those_of_the_texts_summed_loss(packing: str, dtype: str, 
     assert some.gradients is not None and torch.equal(some.gradients[1], rows.gradients[1][[9, 2, 30]])
 
 
+@pytest.mark.parametrize("name", ["entropy", "top_logit"])
+def test_gradients_can_be_of_something_else_than_the_loss(name: Any, tmp_path: Path) -> None:
+    hm, tokens = manager("Llama"), source(TEXTS[:6], packing="one_doc")
+    take(tmp_path / "store", tokens, unit_documents=6, gradient=name, dtype="float32")
+    wanted: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    for block in tokens.pack(list(enumerate(TEXTS[:6]))):
+
+        def own(run: Run, real: Tensor = block.mask) -> Tensor:
+            logits = run.logits.double()
+            p = logits.softmax(-1)
+            each = logits.max(-1).values if name == "top_logit" else torch.special.entr(p).sum(-1)
+            return (each * real).sum(-1)
+
+        run = hm.run(block.inputs, read=SITES, grad=own)
+        for site in SITES:
+            wanted[site].append(run.grad[site][block.mask].flatten(1))
+    rows = open_(tmp_path / "store").rows(slice(None))
+    assert rows.gradients is not None
+    for site, found in zip(SITES, rows.gradients, strict=True):
+        x = torch.cat(wanted[site])
+        assert float(x.abs().max()) > 1e-3
+        torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-6)
+
+
 def test_bf16_is_the_default_and_eight_bits_are_within_their_bound(tmp_path: Path) -> None:
     hm, tokens = manager("Llama"), source(TEXTS)
     assert CaptureOptions().dtype == "bfloat16"

@@ -28,6 +28,7 @@ from interp.data.remote import RemoteStore, Uploader, check_destination, open_re
 from interp.data.shard import ShardWriter
 from interp.data.stored import StoredActivations
 from interp.data.storefolder import StoreFolder
+from interp.data.textloss import LossName
 
 SITES = {"blocks.0.hook_resid_post": (6,), "blocks.1.attn.hook_z": (2, 3)}
 SMALL: dict[str, Any] = {"batch_size": 16, "buffer_tokens": 32}
@@ -55,7 +56,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def manifest(dtype: str = "float32", gradient: str | None = None, model: str = "tiny") -> Manifest:
+def manifest(dtype: str = "float32", gradient: LossName | None = None, model: str = "tiny") -> Manifest:
     text = TextLayout(
         source="text",
         fingerprint="0" * 16,
