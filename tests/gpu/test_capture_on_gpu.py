@@ -60,3 +60,18 @@ def test_the_same_capture_twice_gives_the_same_bytes(tmp_path: Path) -> None:
         files = sorted(p for p in (tmp_path / name / "shards").rglob("*") if p.is_file())
         held.append([p.read_bytes() for p in files])
     assert held[0] == held[1]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_blocks_and_cuda_graphs_give_the_models_own_values_but_for_rounding(mode: str, tmp_path: Path) -> None:
+    from interp.core.manager import HookManager
+
+    hm = HookManager.load(make("GPT2").cuda(), word_tokenizer())
+    tokens = TokenSource(texts(200), word_tokenizer(), ctx=32, rows=8)
+    found = {}
+    for how in ("off", mode):
+        options = CaptureOptions.model_validate({"dtype": "float32", "unit_documents": 100, "compile": how})
+        capture(hm, tokens, ["0.resid_post", "1.resid_post"], tmp_path / how, options, progress=False)
+        found[how] = ActivationStore.open(tmp_path / how).rows(slice(None)).values
+    for plain, compiled in zip(found["off"], found[mode], strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-4)
