@@ -104,10 +104,13 @@ def value_on(words: list[str], option: str) -> str | None:
     return None
 
 
-def _lists(config: type[BaseModel]) -> set[str]:
+def _lists(config: type[BaseModel], path: str = "") -> set[str]:
     """The options that take several values."""
-    return {
-        f"--{name.replace('_', '-')}"
-        for name, field in config.model_fields.items()
-        if get_origin(field.annotation) in (list, tuple)
-    }
+    names: set[str] = set()
+    for name, field in config.model_fields.items():
+        word, kind = name.replace("_", "-"), field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            names |= _lists(kind, f"{path}{word}.")
+        elif get_origin(kind) in (list, tuple):
+            names.add(f"--{path}{word}")
+    return names

@@ -168,3 +168,27 @@ def test_a_g_sae_trains_on_a_store_with_gradients_and_with_beta_zero_is_topk(tmp
         weights[name] = (tmp_path / name / WEIGHTS).read_bytes()
         assert json.loads((tmp_path / name / "cfg.json").read_text())["architecture"] == "topk"
     assert weights["zero"] == weights["topk"] != weights["g"]
+
+
+def test_the_command_takes_lists_and_prints_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--model",
+        "testbed",
+        "--site",
+        "1.resid_post",
+        "--data",
+        "testbed",
+        "--text.ctx",
+        "32",
+        "--text.rows",
+        "8",
+    ]
+    words += ["--train.tokens", "2000", "--train.batch-size", "128", "--train.buffer-tokens", "512"]
+    words += ["--evaluation.tokens", "1000", "--dictionary.d-sae", "64", "--out", str(tmp_path / "run")]
+    assert command(["train", *words, "--sweep.k", "2", "4", "--sweep.kind", "topk", "standard", "--dry-run"]) == 0
+    assert "4 dictionaries" in capfd.readouterr().out
+    assert command(["train", "--sweep.k", "2", "4", *words, "--dictionary.prefixes", "16", "32"]) == 0
+    said = capfd.readouterr().out
+    assert "k-2" in said and "k-4" in said and "sweep.html" in said
+    assert command(["train", *words, "--resume"]) == 1  # it is finished
+    assert command(["eval", str(tmp_path / "run" / "k-4"), "--tokens", "500"]) == 0
