@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
         if line.json_output:
             sys.stdout.write(json.dumps(report.to_dict(), indent=1) + "\n")
         elif report.evaluation is not None:
-            sys.stdout.write(f"{report.evaluation.summary()}\n{_where_to_look(report.out)}\n")
+            sys.stdout.write(f"{report.evaluation.summary()}\n{_where_to_look(report.out, cfg)}\n")
     if report.status == "stopped":
         tell(_stopped(report, Path(cfg.out)))
         return _STOPPED
@@ -145,9 +145,10 @@ def _table(report: "SweepReport") -> str:
     )
 
 
-def _where_to_look(out: Path) -> str:
+def _where_to_look(out: Path, cfg: TrainConfig) -> str:
+    name = "SAE" if cfg.dictionary.form == "sae" else "Transcoder"
     return (
-        f"the dictionary is in {out}: interp.SAE.load({str(out)!r}), or sae_lens.SAE.load_from_disk({str(out)!r}); "
+        f"the dictionary is in {out}: interp.{name}.load({str(out)!r}), or sae_lens.SAE.load_from_disk({str(out)!r}); "
         "its figures in evaluation.json, the course of training in metrics.jsonl"
     )
 
