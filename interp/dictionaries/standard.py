@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from interp.data.store import Batch
 from interp.dictionaries.base import SAE, Dictionary, DictionaryConfig, Transcoder, TranscoderConfig
 from interp.dictionaries.kernels import Codes, Entries, encode_dense
-from interp.dictionaries.objective import Terms
+from interp.dictionaries.objective import Objective, Terms
 from interp.dictionaries.select import Encoder, pre_activations
 from interp.dictionaries.sparse import Activity, SparseDictionary
 
@@ -20,6 +21,7 @@ __all__ = ["ReLUDictionary", "ReLUTranscoder", "StandardConfig", "StandardSAE", 
 
 # On a CPU products over entries cost less than dense ones below this share of active latents.
 _SPARSE = 0.05
+_SPARSITY = 5 / 4096**0.5  # λ = 5 in the source, here taken for activations of width 4096 and norm √4096
 
 
 def above(x: Tensor, encoder: Encoder, threshold: Tensor | float) -> tuple[Tensor, Codes | None]:
@@ -63,13 +65,19 @@ class ReLUDictionary(SparseDictionary):
     """Latents are z = ReLU((x − centre) W_enc + b_enc); the penalty is Σ_n z_n ‖W_dec[n]‖, mean over tokens.
 
     The norm in the penalty takes away the gain of small latents with long decoder rows, so that rows need no
-    constraint; they are brought to norm 1 when the dictionary is saved.
+    constraint; they are brought to norm 1 when the dictionary is saved. By default λ = 5 √(d_in / 4096).
 
     Source: Conerly et al. 2024, "Circuits updates: April 2024" (transformer-circuits.pub), training SAEs.
     """
 
-    # Squared error, λ = 5 on activations with ‖x‖² = d_in on average, free decoder norms, no AuxK.
-    defaults: ClassVar[Terms] = Terms(loss="mse", sparsity=5.0, aux_coef=0.0, unit_norm=False)
+    # Squared error, free decoder norms, no AuxK.
+    defaults: ClassVar[Terms] = Terms(loss="mse", aux_coef=0.0, unit_norm=False)
+
+    def __init__(self, cfg: DictionaryConfig, objective: Objective | None = None) -> None:
+        super().__init__(cfg, objective)
+        if self.objective.sparsity is None:
+            # The error grows with ‖x‖², latents with ‖x‖: this weighs them alike at every width.
+            self.terms = replace(self.terms, sparsity=_SPARSITY * cfg.d_in**0.5)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations."""

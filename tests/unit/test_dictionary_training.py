@@ -109,7 +109,7 @@ def test_the_threshold_is_the_mean_of_the_batches_smallest_choices() -> None:
         smallest.append(float(pre.flatten().sort(descending=True).values[K * len(batch.x) - 1]))
         made.loss(batch)
         made.after_step()
-    weights = torch.tensor([0.99**i for i in range(4)]).flip(0)
+    weights = torch.tensor([0.9**i for i in range(4)]).flip(0)
     expected = float((weights * torch.tensor(smallest)).sum() / weights.sum())
     assert float(made.threshold) == pytest.approx(expected, rel=1e-6)
     frozen = made.frozen()
