@@ -6,14 +6,12 @@ first time also the mean square of what it gave, by which its values are checked
 """
 
 import copy
-import gc
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import engine  # sets the number of threads, so before torch
-from engine import REPO, SEED, Call
+from engine import REPO, SEED, Call, clocked
 
 QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
@@ -149,20 +147,11 @@ def timed(contender: Contender, device: str) -> tuple[float, float]:
     """CPU and wall seconds of one pass, until the device is done."""
     import torch
 
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    gc.collect()
     with torch.no_grad():
-        wait()
-        wall, cpu = time.perf_counter(), time.process_time()
-        held = contender.call()
-        wait()
-        seconds = time.process_time() - cpu, time.perf_counter() - wall
+        cpu, wall, held = clocked(contender.call, device)
     del held
     contender.clean()
-    return seconds
+    return cpu, wall
 
 
 def floor(setting: Setting, model: Any, ids: Any, folder: Path) -> Contender:
@@ -422,14 +411,8 @@ DISTRIBUTIONS |= {peer: "sae-lens" for peer in PEERS if peer.startswith("saelens
 
 def work(contender: str) -> None:
     """The worker's loop: one pass per line."""
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not an answer
+    say = engine.answering()
     warnings.filterwarnings("ignore")
-
-    def say(answer: Any) -> None:
-        channel.write(json.dumps(answer) + "\n")
-        channel.flush()
-
     say(version(contender))
     now: tuple[Setting, Contender] | None = None
     for line in sys.stdin:

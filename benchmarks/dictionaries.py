@@ -39,8 +39,8 @@ from typing import Any
 
 import engine  # sets the number of threads, so before torch
 import torch
-from dictionaries_peers import EIGHT, Job, Worker, saelens_sae, saelens_trainer, timed
-from engine import SEED, Call, row
+from dictionaries_peers import EIGHT, Job, Worker, saelens_sae, saelens_trainer
+from engine import SEED, Call, clocked, row
 from figures import Found, interleaved, ratios_of
 from torch import Tensor
 
@@ -280,7 +280,7 @@ def run_step(name: str, options: argparse.Namespace) -> Found:
             calls["saelens_sparse"] = saelens_step(case, sae, x, sparse=True)
     clock = int(options.device == "cuda")
     wraps: dict[str, Callable[[], float]] = {
-        key: lambda call=call: timed(call, options.device)[clock]  # type: ignore[misc]
+        key: lambda call=call: clocked(call, options.device)[clock]  # type: ignore[misc]
         for key, call in calls.items()
     }
     gc.collect()

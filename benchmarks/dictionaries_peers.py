@@ -4,13 +4,11 @@
 and wall seconds of one run of the job, and the FVU on held-out tokens of what was trained.
 """
 
-import gc
 import json
 import math
 import os
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +18,7 @@ from typing import Any
 import capture_peers
 import engine  # sets the number of threads, so before torch
 from capture_peers import Setting
-from engine import SEED, Call
+from engine import SEED, Call, clocked
 
 ABOUT_LR = 2e-4  # at 2^14 latents, for both
 WARMUP, DECAY = 0.02, 0.2  # shares of the steps, for both
@@ -298,32 +296,10 @@ JOBS: dict[str, Callable[[Job, Any, Any], Call]] = {
 # -- the worker -----------------------------------------------------------------------------------------------------
 
 
-def timed(call: Call, device: str) -> tuple[float, float, Any]:
-    """CPU and wall seconds of a call, until the device is done, and what it gave."""
-    import torch
-
-    def wait() -> None:
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    gc.collect()
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    gave = call()
-    wait()
-    return time.process_time() - cpu, time.perf_counter() - wall, gave
-
-
 def work() -> None:
     """The worker's loop: one run per line."""
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not an answer
+    say = engine.answering()
     warnings.filterwarnings("ignore")
-
-    def say(answer: Any) -> None:
-        channel.write(json.dumps(answer) + "\n")
-        channel.flush()
-
     held: tuple[Any, Any, Call] | None = None
     for line in sys.stdin:
         contender, sizes = json.loads(line)
@@ -334,7 +310,7 @@ def work() -> None:
                 model, ids = capture_peers.build(job)
                 held = (contender, job), model, JOBS[contender](job, model, ids)
                 JOBS[contender](replace(job, train=job.buffer), model, ids)()  # warms up what all jobs share
-            cpu, wall, gave = timed(held[2], job.device)
+            cpu, wall, gave = clocked(held[2], job.device)
             fvu = None if gave.trained is None else fvu_of(gave.trained, job, held[1])
             say({"cpu": cpu, "wall": wall, "fvu": fvu})
         except Exception as error:  # noqa: BLE001 (whatever a peer raises is its result)

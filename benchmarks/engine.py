@@ -16,6 +16,7 @@ time is what the latency would be on an idle core. Peers run in a worker process
 
 import argparse
 import copy
+import gc
 import json
 import math
 import os
@@ -232,15 +233,37 @@ class Worker:
         self.process.wait()
 
 
-def work() -> None:
-    """The worker's loop: which peers are here, then one timing per line."""
+def clocked(call: Call, device: str) -> tuple[float, float, Any]:
+    """CPU and wall seconds of a call, until the device is done, and what it gave."""
+    import torch
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    gc.collect()
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    gave = call()
+    wait()
+    return time.process_time() - cpu, time.perf_counter() - wall, gave
+
+
+def answering() -> Callable[[Any], None]:
+    """How a worker answers: a JSON line on what is stdout now; what libraries print there goes to stderr."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is not an answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
     def say(answer: Any) -> None:
         channel.write(json.dumps(answer) + "\n")
         channel.flush()
 
+    return say
+
+
+def work() -> None:
+    """The worker's loop: which peers are here, then one timing per line."""
+    say = answering()
     versions = {}
     for peer, distribution in DISTRIBUTIONS.items():
         try:
