@@ -1,7 +1,7 @@
 """What command lines with a config file have in common."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_origin
 
 import tyro
@@ -69,18 +69,6 @@ def line_with_defaults(
     return line.model_construct(**values)
 
 
-def _switches(config: type[BaseModel], path: str = "") -> set[str]:
-    """The options of a configuration that take no value."""
-    names: set[str] = set()
-    for name, field in config.model_fields.items():
-        word, kind = name.replace("_", "-"), field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names |= _switches(kind, f"{path}{word}.")
-        elif kind is bool:
-            names |= {f"--{path}{word}", f"--{path}no-{word}"}
-    return names
-
-
 def refuse(message: str) -> int:
     """Say on stderr what is wrong with a command line; gives the exit code of bad usage."""
     sys.stderr.write(f"error: {message}\n")
@@ -104,13 +92,22 @@ def value_on(words: list[str], option: str) -> str | None:
     return None
 
 
-def _lists(config: type[BaseModel], path: str = "") -> set[str]:
-    """The options that take several values."""
-    names: set[str] = set()
+def _options(config: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The options of a configuration, without their dashes, and their types."""
     for name, field in config.model_fields.items():
         word, kind = name.replace("_", "-"), field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            names |= _lists(kind, f"{path}{word}.")
-        elif get_origin(kind) in (list, tuple):
-            names.add(f"--{path}{word}")
-    return names
+            yield from _options(kind, f"{path}{word}.")
+        else:
+            yield f"{path}{word}", kind
+
+
+def _switches(config: type[BaseModel]) -> set[str]:
+    """The options that take no value."""
+    names = [name.rpartition(".") for name, kind in _options(config) if kind is bool]
+    return {f"--{path}{dot}{no}{word}" for path, dot, word in names for no in ("", "no-")}
+
+
+def _lists(config: type[BaseModel]) -> set[str]:
+    """The options that take several values."""
+    return {f"--{name}" for name, kind in _options(config) if get_origin(kind) in (list, tuple)}

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,9 +13,10 @@ from interp.core.site import Site
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["COMPILE_MODES", "CompiledBlocks"]
+__all__ = ["COMPILE_MODES", "CompileMode", "CompiledBlocks"]
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+COMPILE_MODES: tuple[str, ...] = get_args(CompileMode)
 """What `torch.compile` calls its modes; "reduce-overhead" and "max-autotune" replay CUDA graphs on a GPU."""
 
 
@@ -45,7 +46,8 @@ class CompiledBlocks:
         modules = {layer: hm.map.module(hm.root, "block", layer) for layer in range(hm.n_layers)}
         blocks = {layer: block for layer, block in modules.items() if block is not None}
         inside = {id(hm.atlas.point(site).module) for site in sites}
-        last = _last_needed(sites, hm.n_layers)
+        # The last block that runs before a forward stops.
+        last = max(hm.n_layers - 1 if site.layer is None else site.layer for site in sites)
         self.layers = [layer for layer, block in blocks.items() if layer <= last and not inside & _below(block)]
         if not self.layers:
             raise ConfigError(
@@ -96,9 +98,3 @@ class CompiledBlocks:
 def _below(block: nn.Module) -> set[int]:
     """The modules inside a block, without the block itself: hooks on it are outside its forward."""
     return {id(module) for module in block.modules()} - {id(block)}
-
-
-def _last_needed(sites: Sequence[Site], n_layers: int) -> int:
-    """The last block that runs before a forward stops."""
-    layers = [n_layers - 1 if site.layer is None else site.layer for site in sites]
-    return max(layers)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from interp import __version__
 from interp.core.checks import processes_of
-from interp.core.compiled import CompiledBlocks
+from interp.core.compiled import CompiledBlocks, CompileMode
 from interp.core.disk import weights_digest
 from interp.core.errors import ArtifactError, ConfigError, DataError
 from interp.core.result import Provenance
@@ -64,7 +64,7 @@ class CaptureOptions(Settings):
         description="keep a gradient beside each activation: of the row's summed loss (nats), of the summed entropy of "
         "its predictions (nats), or of the sum of its largest logits",
     )
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
+    compile: Literal["off"] | CompileMode = Field(
         default="off",
         description="torch.compile's mode for blocks inside which nothing is read, at forwards of whole rows; "
         "'reduce-overhead' replays CUDA graphs on a GPU. The first forwards wait for the compiler",

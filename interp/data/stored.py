@@ -353,7 +353,7 @@ class _ShuffledRows(Iterator[Rows]):
         order, low, size = self._epoch_order(self.epoch), self.window * self.per_window, self.per_window
         mine, coming = order[low : low + size], order[low + size : low + 2 * size]
         if not len(coming) and self.store.repeat:
-            coming = torch.randperm(len(self.blocks), generator=_generator(self.store.seed, self.epoch + 1))[:size]
+            coming = self._epoch_order(self.epoch + 1)[:size]
         now = torch.cat([self.blocks[mine, 0], self.left])
         self.store._window(*(self._shards_of(rows) for rows in (now, self.blocks[coming, 0])))
         rows = [self.store.counted(low, high) for low, high in self.blocks[mine].tolist()]

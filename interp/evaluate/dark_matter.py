@@ -185,11 +185,9 @@ def dark_matter_of(
     singular value; `r2_pooled` stands beside the mean over dimensions; positions are not dropped.
     """
     samples = Samples.of(data, site, max_tokens=max_tokens)
-    name = str(dictionary.cfg.metadata.get("hook_name", "")) if site is None else Site(site).name
-    settings = {"data": samples.described, "max_tokens": max_tokens, "fit_share": fit_share, "rcond": rcond}
-    provenance = Provenance(model=str(dictionary.cfg.metadata.get("model_name", "")), settings=settings)
-    found = _measured(samples, dictionary, fit_share, rcond)
-    return DarkMatter(site=name or "activations", provenance=provenance, **found)
+    settings = {"max_tokens": max_tokens, "fit_share": fit_share, "rcond": rcond}
+    name, provenance = samples.origin(dictionary, site, settings)
+    return DarkMatter(site=name, provenance=provenance, **_measured(samples, dictionary, fit_share, rcond))
 
 
 @torch.no_grad()

@@ -216,11 +216,9 @@ def description_length_of(
     the one-hot baseline pays for its atoms. SAEBench's histogram, which counts zeros and clamps, is not followed.
     """
     samples = Samples.of(data, site, max_tokens=max_tokens)
-    name = str(dictionary.cfg.metadata.get("hook_name", "")) if site is None else Site(site).name
-    settings = {"data": samples.described, "max_tokens": max_tokens, "epsilon": epsilon, "sample_tokens": sample_tokens}
-    provenance = Provenance(model=str(dictionary.cfg.metadata.get("model_name", "")), settings=settings)
-    found = _measured(samples, dictionary, epsilon, sample_tokens)
-    return DescriptionLength(site=name or "activations", provenance=provenance, **found)
+    settings = {"max_tokens": max_tokens, "epsilon": epsilon, "sample_tokens": sample_tokens}
+    name, provenance = samples.origin(dictionary, site, settings)
+    return DescriptionLength(site=name, provenance=provenance, **_measured(samples, dictionary, epsilon, sample_tokens))
 
 
 @torch.no_grad()

@@ -1,19 +1,21 @@
 """Activations to measure on, from text, from a tensor or from a store: readable any number of times, in one order."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, ShapeError
+from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.data.store import ActivationStore
 from interp.data.stored import StoredActivations
 from interp.data.tokens import TokenSource
+from interp.dictionaries.base import Dictionary
 from interp.evaluate.reading import counted_blocks
 
 if TYPE_CHECKING:
@@ -95,6 +97,15 @@ class Samples:
         if isinstance(data, Tensor):
             return Samples.of_tensor(data, max_tokens=max_tokens)
         return Samples.of_store(data, site, max_tokens=max_tokens)
+
+    def origin(
+        self, dictionary: Dictionary, site: str | Site | None, settings: Mapping[str, Any]
+    ) -> tuple[str, Provenance]:
+        """Return the name of the site that a dictionary was measured at, and the provenance of what was measured."""
+        known = dictionary.cfg.metadata
+        name = str(known.get("hook_name", "")) if site is None else Site(site).name
+        said = {"data": self.described, **settings}
+        return name or "activations", Provenance(model=str(known.get("model_name", "")), settings=said)
 
     def dealt(self, share: float) -> Iterator[tuple[Tensor, Tensor | None, Bool[Tensor, "token"]]]:
         """Yield the parts, and which tokens belong to the first of two sets, which gets this share of the units.

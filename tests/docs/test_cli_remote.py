@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from fsspec.implementations.local import LocalFileSystem
 
 import interp.data.remote as remote
@@ -18,9 +17,7 @@ import tests.source as source
 from interp.cli.main import main
 from interp.core.manager import HookManager
 from interp.data.manifest import SETTINGS
-from tests.families import make, word_tokenizer
-
-SITES = ["1.resid_post", "0.z"]
+from tests.docs.captures import SITES, capture_words
 
 
 @pytest.fixture(autouse=True)
@@ -32,15 +29,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The words of a capture, but for where it goes."""
-    folder = tmp_path_factory.mktemp("job")
-    make("Llama").save_pretrained(folder / "model")
-    word_tokenizer().save_pretrained(folder / "model")
-    draw = torch.Generator().manual_seed(0)
-    texts = [torch.randint(1, 120, (9,), generator=draw).tolist() for _ in range(120)]
-    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) for row in texts]
-    (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
-    words = ["capture", "--model", str(folder / "model"), "--data", str(folder / "text.jsonl"), "--sites", *SITES]
-    return [*words, "--text.ctx", "16", "--text.rows", "4", "--text.part", "train", "--store.unit-documents", "20"]
+    return capture_words(tmp_path_factory.mktemp("job"))
 
 
 @pytest.fixture(scope="module")
