@@ -112,13 +112,15 @@ def saelens_sae(ours: Any, kind: str, dtype: str = "float32", *, sparse: bool = 
     return made
 
 
-def saelens_trainer(sae: Any, provider: Any, batch: int, tokens: int, *, lr: float, decay: float = 0.0) -> Any:
-    """SAELens' trainer, without logging and checkpoints; with a decay, also the warm-up of ours."""
+def saelens_trainer(
+    sae: Any, provider: Any, batch: int, tokens: int, *, lr: float, decay: float = 0.0, warmup: float = WARMUP
+) -> Any:
+    """SAELens' trainer, without logging and checkpoints; with a decay, also a warm-up."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     steps = tokens // batch
-    schedule = {"lr_warm_up_steps": math.ceil(WARMUP * steps), "lr_decay_steps": int(decay * steps)} if decay else {}
+    schedule = {"lr_warm_up_steps": math.ceil(warmup * steps), "lr_decay_steps": int(decay * steps)} if decay else {}
     # The decay of a constant schedule ends at 0 whatever lr_end is; without a number its trainer would not start.
     cfg = SAETrainerConfig(tokens, batch, lr=lr, lr_end=lr / 10, device=str(sae.device), **schedule)
     return SAETrainer(cfg, sae, provider)

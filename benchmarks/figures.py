@@ -1,12 +1,15 @@
 """What benchmarks find: figures with their intervals, whether they hold their bounds, and rounds in a drawn order."""
 
+import os
+import platform
 import random
 import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 
-from engine import SEED, interval, row
+from engine import SEED, _cpu, interval, row  # sets the number of threads, so before torch
 
 
 @dataclass
@@ -44,3 +47,10 @@ def interleaved(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 def ratios_of(top: list[float], bottom: list[float]) -> list[float]:
     """Round by round."""
     return [a / b for a, b in zip(top, bottom, strict=True)]
+
+
+def machine_and_versions(*packages: str, gpu: str = "") -> tuple[str, dict[str, str]]:
+    """What it is measured on, in words, and the versions of these packages and of Python."""
+    cpu = f"{_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; one OpenMP thread"
+    versions = {name: metadata.version(name) for name in packages} | {"python": platform.python_version()}
+    return f"{gpu}; {cpu}" if gpu else cpu, versions
