@@ -4,15 +4,19 @@ The formulas are written from the papers, by matrices over all latents, and shar
 jump has no derivative, its stated estimate is a linear term whose value is 0.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.options import DictionaryOptions
+from interp.train.config import TrainOptions
+from interp.train.trainer import train_dictionary
 
 D_IN, D_OUT, D_SAE, K, TOKENS = 12, 10, 40, 4, 48
 
@@ -167,3 +171,35 @@ def off(ours: Tensor, reference: Tensor) -> float:
     """The distance of two tensors, relative to the second where that is not tiny."""
     ours, reference = ours.detach().double(), reference.detach().double()
     return float((ours - reference).norm() / reference.norm().clamp_min(1e-6))
+
+
+# -- planted atoms ----------------------------------------------------------------------------------------------------
+
+ATOMS, D, BATCH = 64, 48, 512
+
+# Weights of the penalty that leave about as many latents as there are atoms; thresholds move within wider bands than by
+# default, for the run is short. The usage of Feature Choice has to be that of the atoms, which is the same for all.
+RECIPES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "batchtopk": {},
+    "jumprelu-l0": {"bandwidth": 0.5, "sparsity": 0.5},
+    "jumprelu-tanh": {"bandwidth": 0.5, "sparsity": 0.5, "penalty": "tanh"},
+    "standard": {"sparsity": 2.0},
+    "gated": {"sparsity": 2.0},
+    "gradient_topk": {"beta": 0.1},
+    "feature_choice": {"zipf_alpha": 0.0},
+}
+
+
+def fitted(batches: Iterator[Batch], kind: str, *, d_in: int = D, k: int = 4, **changes: Any) -> Any:
+    """A dictionary of a kind and as many latents as there are atoms, trained as its recipe says."""
+    settings = {"d_sae": ATOMS, "k": k, **RECIPES[kind]}
+    made = DictionaryOptions(kind=kind.split("-")[0], **settings).make(d_in)  # type: ignore[arg-type]
+    run = TrainOptions(**{"tokens": 300_000, "batch_size": BATCH, "lr": 1e-2, **changes})
+    train_dictionary(batches, made, run, progress=False)
+    return made
+
+
+def mmcs(atoms: Tensor, made: Any) -> float:
+    """Mean, over atoms, of the largest cosine with a decoder row."""
+    return float((atoms @ normalize(made.W_dec, dim=1).T).max(dim=1).values.mean())

@@ -1,7 +1,6 @@
 """What training does to a dictionary of each kind: constraints, warm-ups, and planted atoms that it has to find."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -11,9 +10,7 @@ from torch.nn.functional import normalize
 from interp.core.errors import ConfigError
 from interp.data.store import Batch
 from interp.dictionaries.options import DictionaryOptions
-from interp.train.config import TrainOptions
-from interp.train.trainer import train_dictionary
-from tests.dictionaries import CASES, D_SAE, KINDS, K, batch_for, make
+from tests.dictionaries import ATOMS, BATCH, CASES, D_SAE, KINDS, D, K, batch_for, fitted, make, mmcs
 
 each = pytest.mark.parametrize(("kind", "form"), CASES)
 WITH_K = ("topk", "batchtopk", "gradient_topk", "feature_choice")
@@ -135,8 +132,6 @@ def test_what_does_not_go_together_is_refused() -> None:
 
 # -- planted atoms ----------------------------------------------------------------------------------------------------
 
-ATOMS, D, BATCH = 64, 48, 512
-
 
 def planted(seed: int = 71) -> tuple[Tensor, Iterator[Batch]]:
     """Unit atoms [ATOMS D], and endless batches in which each is there with probability 4 in 64, of size 1 to 2.
@@ -154,33 +149,6 @@ def planted(seed: int = 71) -> tuple[Tensor, Iterator[Batch]]:
             yield Batch(x=7 * (there * size) @ atoms + 0.5, grad=grad)
 
     return atoms, batches()
-
-
-# Weights of the penalty that leave about as many latents as there are atoms; thresholds move within wider bands than by
-# default, for the run is short. The usage of Feature Choice has to be that of the atoms, which is the same for all.
-RECIPES: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "batchtopk": {},
-    "jumprelu-l0": {"bandwidth": 0.5, "sparsity": 0.5},
-    "jumprelu-tanh": {"bandwidth": 0.5, "sparsity": 0.5, "penalty": "tanh"},
-    "standard": {"sparsity": 2.0},
-    "gated": {"sparsity": 2.0},
-    "gradient_topk": {"beta": 0.1},
-    "feature_choice": {"zipf_alpha": 0.0},
-}
-
-
-def fitted(batches: Iterator[Batch], kind: str, **changes: Any) -> Any:
-    settings = {"d_sae": ATOMS, "k": 4, **RECIPES[kind]}
-    made = DictionaryOptions(kind=kind.split("-")[0], **settings).make(D)  # type: ignore[arg-type]
-    run = TrainOptions(**{"tokens": 300_000, "batch_size": BATCH, "lr": 1e-2, **changes})
-    train_dictionary(batches, made, run, progress=False)
-    return made
-
-
-def mmcs(atoms: Tensor, made: Any) -> float:
-    """Mean, over atoms, of the largest cosine with a decoder row."""
-    return float((atoms @ normalize(made.W_dec, dim=1).T).max(dim=1).values.mean())
 
 
 @pytest.mark.parametrize("kind", KINDS)
