@@ -1,6 +1,7 @@
 """What every sparse dictionary is: `encode`, `decode`, `loss`, and a folder that SAELens reads."""
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from interp.core.disk import atomic_write
-from interp.core.errors import ArtifactError, ShapeError, nearest
+from interp.core.errors import ArtifactError, ConfigError, ShapeError, nearest
 from interp.data.store import Batch
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Losses",
     "Transcoder",
     "TranscoderConfig",
+    "why_not",
 ]
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -43,6 +45,14 @@ ARCHITECTURES = {
     "jumprelu_skip_transcoder": ("interp.dictionaries.jumprelu", "JumpReLUTranscoder"),
 }
 
+# What SAELens loads and cannot be loaded here.
+_REFUSED = {
+    "abstopk": "its latents may be negative, and every measure here takes latents to be 0 or more",
+    "matching_pursuit": "it finds latents one after the other, each in what the last left: no encoder gives them",
+    "temporal": "it reads a token together with the ones before; latents here are of one position",
+    "batchtopk": "that is an SAE in training; SAELens' save_inference_model writes the JumpReLU SAE that it becomes",
+}
+_REFUSED["matryoshka_batchtopk"] = _REFUSED["batchtopk"]
 
 _D = TypeVar("_D", bound="Dictionary")
 
@@ -207,28 +217,92 @@ class Dictionary(nn.Module, ABC):
         return target
 
     @classmethod
-    def load(cls: type[_D], folder: str | Path, *, device: str | torch.device = "cpu") -> _D:
-        """Read a folder that `save` or SAELens wrote; the class follows from its architecture.
+    def load(
+        cls: type[_D], folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+    ) -> _D:
+        """Read a dictionary of ours or another library's; the class follows from what is there.
 
         Args:
-            folder: a run folder, or any folder with `cfg.json` and `sae_weights.safetensors`.
+            folder: a run folder, or any that SAELens wrote; a hookpoint's of sparsify; a layer's file of
+                circuit-tracer; each of them on the hub, as `hf://owner/repo/folder`; or `release/id` of SAELens.
             device: where to put the weights.
+            revision: branch, tag or commit on the hub; the commit is kept in the metadata.
 
         Raises:
             ArtifactError: no dictionary is there, it is damaged, or it is one that this class cannot be.
+            ConfigError: a revision of what has none.
         """
-        path = Path(folder)
+        from interp.dictionaries.layouts import find
+
+        place = find(folder, revision=revision)
+        path = place.folder
+        if place.read is not None:
+            return _as(cls, place.read(), path).to(device).eval().requires_grad_(False)
         cfg = _read_cfg(path)
         found = _class_of(str(cfg["architecture"]), path)
-        if not issubclass(found, cls):
-            raise ArtifactError(f"{path} holds a {found.__name__}, not a {cls.__name__}; use {found.__name__}.load")
+        _check_class(cls, found, path)
         try:
             dictionary = cast("_D", found.from_cfg(cfg))
         except ValidationError as err:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
             raise ArtifactError(f"{path / CFG}: settings that cannot be followed: {faults}") from err
         dictionary.load_state_dict(_read_weights(path, dictionary))
+        dictionary.cfg.metadata.update(place.notes)
         return dictionary.to(device).eval().requires_grad_(False)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        folder_in_repo: str = "",
+        private: bool = True,
+        run: str | Path | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Send what `save` writes to the Hugging Face hub, with a model card.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if it is missing.
+            folder_in_repo: where in it; by default its top.
+            private: whether a new repository is private.
+            run: the run's folder, whose `evaluation.json` is sent too and told in the card.
+            revision: branch to send to; by default the main one.
+            message: of the commit.
+
+        Returns:
+            What `load` takes to read it again, with its commit.
+
+        Raises:
+            ArtifactError: there is no token, or the hub cannot be reached or refuses.
+            ConfigError: no such place can be.
+        """
+        from interp.dictionaries.hub import push_dictionary
+
+        where: dict[str, Any] = {"folder_in_repo": folder_in_repo, "private": private, "run": run}
+        return push_dictionary(self, repo_id, **where, revision=revision, message=message)
+
+    def neuronpedia_url(self, latent: int) -> str:
+        """The page of a latent on Neuronpedia.
+
+        Args:
+            latent: which.
+
+        Raises:
+            ArtifactError: the metadata have no `neuronpedia_id`, or one that is not `model/source`.
+            ConfigError: no such latent.
+        """
+        known = self.cfg.metadata.get("neuronpedia_id")
+        if known is None:
+            raise ArtifactError(
+                "this dictionary's metadata have no neuronpedia_id; if it is there, set "
+                "cfg.metadata['neuronpedia_id'] = 'model/source', such as 'gpt2-small/8-res-jb'"
+            )
+        if not isinstance(known, str) or re.fullmatch(r"[\w.-]+/[\w.-]+", known, re.ASCII) is None:
+            raise ArtifactError(f"neuronpedia_id is {known!r}; expected 'model/source', such as 'gpt2-small/8-res-jb'")
+        if not 0 <= latent < self.cfg.d_sae:
+            raise ConfigError(f"there is no latent {latent}; expected one from 0 to {self.cfg.d_sae - 1}")
+        return f"https://www.neuronpedia.org/{known}/{latent}"
 
     @classmethod
     @abstractmethod
@@ -273,9 +347,25 @@ def _read_cfg(folder: Path) -> dict[str, Any]:
     return cfg
 
 
+def why_not(architecture: str) -> str:
+    """Why an architecture of SAELens cannot be loaded here, or which name is near one that it does not have."""
+    known = f"known: {', '.join(sorted(ARCHITECTURES))}"
+    return _REFUSED.get(architecture) or nearest(architecture, ARCHITECTURES) or known
+
+
+def _check_class(wanted: type[Dictionary], found: type[Dictionary], folder: Path) -> None:
+    if not issubclass(found, wanted):
+        raise ArtifactError(f"{folder} holds a {found.__name__}, not a {wanted.__name__}; use {found.__name__}.load")
+
+
+def _as(wanted: type[_D], dictionary: Dictionary, folder: Path) -> _D:
+    _check_class(wanted, type(dictionary), folder)
+    return cast("_D", dictionary)
+
+
 def _class_of(architecture: str, folder: Path) -> type[Dictionary]:
     if architecture not in ARCHITECTURES:
-        hint = nearest(architecture, ARCHITECTURES) or f"known: {', '.join(sorted(ARCHITECTURES))}"
+        hint = why_not(architecture)
         raise ArtifactError(f"{folder} holds a {architecture!r} dictionary, which cannot be loaded; {hint}")
     module, name = ARCHITECTURES[architecture]
     found: type[Dictionary] = getattr(import_module(module), name)
