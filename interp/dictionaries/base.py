@@ -209,9 +209,10 @@ class Dictionary(nn.Module, ABC):
         state = {name: value.detach().cpu().contiguous() for name, value in made.state_dict().items()}
         # Weights first: a folder that has a cfg.json is whole.
         atomic_write(target / WEIGHTS, save(state))
-        # SAELens takes a file without this version for one of its own from before 6.0, and converts it.
+        # SAELens takes a file without this version for one of its own from before 6.0, and converts it; what it was
+        # loaded from may have been one.
         version = metadata.version("sae-lens")
-        written = {"sae_lens_version": version, "sae_lens_training_version": None, **made.cfg.metadata, **(notes or {})}
+        written = {"sae_lens_training_version": None, **made.cfg.metadata, **(notes or {}), "sae_lens_version": version}
         record = {**made.cfg.model_dump(), "device": "cpu", "metadata": written}
         atomic_write(target / CFG, json.dumps(record, indent=1, sort_keys=True) + "\n")
         return target
@@ -298,7 +299,7 @@ class Dictionary(nn.Module, ABC):
                 "this dictionary's metadata have no neuronpedia_id; if it is there, set "
                 "cfg.metadata['neuronpedia_id'] = 'model/source', such as 'gpt2-small/8-res-jb'"
             )
-        if not isinstance(known, str) or re.fullmatch(r"[\w.-]+/[\w.-]+", known, re.ASCII) is None:
+        if not isinstance(known, str) or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", known, re.ASCII) is None:
             raise ArtifactError(f"neuronpedia_id is {known!r}; expected 'model/source', such as 'gpt2-small/8-res-jb'")
         if not 0 <= latent < self.cfg.d_sae:
             raise ConfigError(f"there is no latent {latent}; expected one from 0 to {self.cfg.d_sae - 1}")

@@ -42,7 +42,7 @@ class CrossLayerWeights:
 
     W_enc: Sequence[Float[Tensor, "d_model d_sae"]]
     b_enc: Sequence[Float[Tensor, "d_sae"]]
-    W_dec: Sequence[Float[Tensor, "d_sae layers d_model"]]
+    W_dec: Sequence[Float[Tensor, "d_sae _ d_model"]]
     b_dec: Sequence[Float[Tensor, "d_model"]]
     threshold: Sequence[Float[Tensor, "d_sae"]] | None = None
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +104,10 @@ def from_release(release: str, sae_id: str) -> Dictionary:
         raise ArtifactError(f"SAELens' release {release!r} has no {sae_id!r}; {hint}")
     at = f"{listed.repo_id}, {listed.saes_map[sae_id]}"
     try:
-        theirs = SAE.from_pretrained(release, sae_id)
+        with warnings.catch_warnings():
+            # What it says of the model's processing is in the metadata.
+            warnings.filterwarnings("ignore", "This SAE has non-empty model_from_pretrained_kwargs")
+            theirs = SAE.from_pretrained(release, sae_id)
     except Exception as err:  # each of its loaders raises what it likes
         why = ", and HF_HUB_OFFLINE forbids the network" if constants.HF_HUB_OFFLINE else ""
         said = f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
@@ -141,6 +145,7 @@ def from_old_folder(folder: str | Path) -> Dictionary:
         theirs = SAE.load_from_disk(path)
     except Exception as err:  # whatever its conversion trips over
         raise ArtifactError(f"{path} was written by SAELens before 6.0 and cannot be converted: {err}") from err
+    theirs.cfg.dtype = theirs.cfg.dtype.removeprefix("torch.")
     ours = from_sae_lens(theirs)
     ours.cfg.metadata["loaded_format"] = f"SAELens {cfg.get('sae_lens_version') or 'before 6.0'}"
     return ours
