@@ -32,7 +32,7 @@ class RunOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = Field(
-        description="the folder of a run, or of any dictionary in SAELens' format"
+        description="the folder of a run, or any dictionary that interp.SAE.load reads, such as hf://owner/repo/folder"
     )
     model: str | None = Field(default=None, description="a folder or name; by default the one it was trained on")
     data: str | None = Field(
@@ -113,6 +113,8 @@ def open_run(options: RunOptions, tell: Callable[[str], None]) -> OpenRun:
     from interp.train.config import TextOptions, TrainConfig
 
     dictionary: Dictionary = Dictionary.load(options.run)
+    if options.out is None and not options.run.is_dir():
+        raise ConfigError(f"{options.run} is no folder on this machine; say which file to write with --out")
     settings = options.run / "config.yaml"
     cfg = TrainConfig.from_yaml(settings) if settings.is_file() else None
     known = dictionary.cfg.metadata

@@ -106,7 +106,7 @@ def from_release(release: str, sae_id: str) -> Dictionary:
     try:
         with warnings.catch_warnings():
             # What it says of the model's processing is in the metadata.
-            warnings.filterwarnings("ignore", "This SAE has non-empty model_from_pretrained_kwargs")
+            warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pretrained_kwargs")
             theirs = SAE.from_pretrained(release, sae_id)
     except Exception as err:  # each of its loaders raises what it likes
         why = ", and HF_HUB_OFFLINE forbids the network" if constants.HF_HUB_OFFLINE else ""
