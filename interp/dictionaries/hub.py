@@ -31,12 +31,14 @@ class HubFolder:
         folder: in it; empty for its top.
         revision: branch, tag or commit that was asked for; None for the main branch.
         commit: that all files are of, once one has been fetched.
+        reached: whether the hub, or the cache, said what it holds.
     """
 
     repo: str
     folder: str = ""
     revision: str | None = None
     commit: str | None = None
+    reached: bool = True
 
     @classmethod
     def named(cls, name: str, revision: str | None = None) -> "HubFolder | None":
@@ -88,6 +90,7 @@ class HubFolder:
             EntryNotFoundError,
             GatedRepoError,
             HfHubHTTPError,
+            LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
         )
@@ -96,7 +99,8 @@ class HubFolder:
         at = f"{folder}/{name}" if folder else name
         try:
             found = Path(hf_hub_download(self.repo, at, revision=self.commit or self.revision))
-        except EntryNotFoundError:  # in the cache, too
+        except EntryNotFoundError as err:
+            self.reached = self.reached and not isinstance(err, LocalEntryNotFoundError)
             return None
         except RevisionNotFoundError as err:
             raise ArtifactError(
@@ -134,11 +138,12 @@ class HubFolder:
         from huggingface_hub import constants
 
         said = f"{self} holds no {' or '.join(names)}"
-        if constants.HF_HUB_OFFLINE:
+        if not self.reached:
             get = f"hf download {self.repo} {f'--include {self.folder}/* ' if self.folder else ''}--local-dir FOLDER"
+            why = "HF_HUB_OFFLINE forbids the network" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
             said = (
-                f"{said} in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids the network; where there "
-                f"is one, run `{get}`, and give that folder"
+                f"{said} in the cache ({constants.HF_HUB_CACHE}), and {why}; where there is a network, run `{get}`, "
+                "and give that folder"
             )
         return ArtifactError(said)
 

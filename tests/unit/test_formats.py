@@ -24,7 +24,8 @@ from interp.dictionaries.topk import TopKSAE
 from interp.dictionaries.topk_transcoder import TopKTranscoder
 from tests.dictionaries import make
 
-D, F, K, LAYERS = 6, 20, 4, 3
+# So many of so few that some of the k largest are negative.
+D, F, K, LAYERS = 6, 20, 12, 3
 COMMIT, OTHER = "a" * 40, "b" * 40
 LAYER = "activation_function.threshold"
 
@@ -186,9 +187,16 @@ def test_damaged_files_are_refused_before_anything_is_made_of_them(tmp_path: Pat
     (place / "sae.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"sae\.safetensors cannot be read"):
         SAE.load(place)
-    for text in ("[1]", "", "{" * 10_000, '{"k": 1, "num_latents": 2, "x": "' + "y" * 2**20 + '"}'):
+    cfg = (place / "cfg.json").read_text()
+    large = f'{cfg[:-1]}, "more": "{"y" * 2**20}"}}'
+    for text, why in (
+        ("[1]", "holds a list"),
+        ("", "cannot be read"),
+        ("{" * 10_000, "cannot be read"),
+        (large, "bytes; settings"),
+    ):
         (place / "cfg.json").write_text(text)
-        with pytest.raises(ArtifactError, match=r"cfg\.json"):
+        with pytest.raises(ArtifactError, match=rf"cfg\.json.* {why}"):
             from_sparsify(place)
 
 

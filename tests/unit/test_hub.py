@@ -2,8 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
+import huggingface_hub.errors
 import pytest
 import torch
 import yaml
@@ -94,6 +97,32 @@ def test_without_a_network_what_is_not_in_the_cache_is_refused_with_what_to_do(c
     next(cache.rglob("sae_weights.safetensors")).unlink()
     with pytest.raises(ArtifactError, match=r"holds no sae_weights.safetensors or sae.safetensors in the cache"):
         SAE.load("hf://me/half")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RepositoryNotFoundError", "is not on the hub, or not open to you.*hf auth login"),
+        ("GatedRepoError", "is not on the hub, or not open to you.*hf auth login"),
+        ("RevisionNotFoundError", "has no revision 'v9'; give a branch, a tag or a commit"),
+        ("HfHubHTTPError", "cannot be fetched: HfHubHTTPError: said the hub"),
+        ("RemoteEntryNotFoundError", r"holds no cfg\.json$"),
+        (
+            "LocalEntryNotFoundError",
+            r"holds no cfg\.json in the cache.*, and the hub cannot be reached; where there is",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_our_words(monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        answer: Any = SimpleNamespace(headers={}, request=None)
+        response = {} if kind == "LocalEntryNotFoundError" else {"response": answer}
+        raise getattr(huggingface_hub.errors, kind)("said the hub", **response)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ArtifactError, match=message):
+        SAE.load("hf://me/saes/x", revision="v9")
 
 
 @pytest.mark.parametrize(
