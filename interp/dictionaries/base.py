@@ -247,6 +247,9 @@ class Dictionary(nn.Module, ABC):
         except ValidationError as err:
             faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
             raise ArtifactError(f"{path / CFG}: settings that cannot be followed: {faults}") from err
+        except RuntimeError as err:
+            sizes = f"d_in {cfg.get('d_in')} and d_sae {cfg.get('d_sae')}"
+            raise ArtifactError(f"{path / CFG} says {sizes}, for which there is no memory; is it damaged?") from err
         dictionary.load_state_dict(_read_weights(path, dictionary))
         dictionary.cfg.metadata.update(place.notes)
         return dictionary.to(device).eval().requires_grad_(False)

@@ -141,7 +141,7 @@ def test_what_has_no_counterpart_is_refused() -> None:
         StandardTrainingSAEConfig,
     )
 
-    with pytest.raises(ArtifactError, match=r"'abstopk' has no counterpart here; did you mean 'topk'"):
+    with pytest.raises(ArtifactError, match=r"'abstopk' has no counterpart here; its latents may be negative"):
         from_sae_lens(AbsTopKSAE(AbsTopKSAEConfig(d_in=8, d_sae=16, k=2)))
     with pytest.raises(ArtifactError, match="StandardTrainingSAE is still in training"):
         from_sae_lens(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=4, d_sae=8)))

@@ -133,6 +133,13 @@ def test_a_signed_sae_is_refused_as_an_object_too() -> None:
         from_sae_lens(theirs)
 
 
+def test_a_size_beyond_all_memory_is_a_damaged_folder(tmp_path: Path) -> None:
+    cfg = {"architecture": "topk", "d_in": D, "d_sae": 10**15, "k": K, "metadata": {"sae_lens_version": "6.54.12"}}
+    write(tmp_path, cfg)
+    with pytest.raises(ArtifactError, match="d_sae 1000000000000000, for which there is no memory"):
+        SAE.load(tmp_path)
+
+
 def test_other_files_of_a_folder_are_left_as_they_are(tmp_path: Path) -> None:
     made = make("topk", dtype="float32")
     made.save(tmp_path)
