@@ -124,7 +124,7 @@ class _Part:
 
 @dataclass(frozen=True, eq=False)
 class _StandIn(Intervention):
-    """x ← value, [row pos d]; unlike `Replace` it may be what was there, or no number, which the loss then is neither."""
+    """x ← value, [row pos d]; unlike `Replace` it may be what was there, or no number: the loss then is none either."""
 
     value: Tensor
     where: Where = field(default_factory=Where)
@@ -214,7 +214,7 @@ class RowBatches(ActivationStore):
             ConfigError: nothing behind the site depends on it.
             SiteError: the site cannot be edited.
         """
-        for block, keep in counted_rounds(self.tokens):
+        for block, _ in counted_rounds(self.tokens):
             counts = block.mask & ~block.special
             good = (counts[:, :-1] & counts[:, 1:]).any(1).nonzero().flatten().tolist()
             if not good:

@@ -14,7 +14,7 @@ from interp.dictionaries.batchtopk import BatchTopKDictionary, BatchTopKSAE, Bat
 from interp.dictionaries.topk import GradientTopKSAE
 from interp.train.config import TrainConfig
 
-__all__ = ["Start", "followed", "started"]
+__all__ = ["Start", "bring_to_norm", "followed", "started"]
 
 # SAELens' name of a saved architecture → the kinds that it can go on as, its own first.
 _KINDS: dict[str, tuple[str, ...]] = {
@@ -98,7 +98,7 @@ def started(cfg: TrainConfig) -> Start | None:
         return None
     loaded = Dictionary.load(cfg.start)
     made = _for_training(loaded, cfg)
-    _bring_to_norm(made, cfg.start)
+    bring_to_norm(made)
     weights = loaded.state_dict()
     known = {n: loaded.cfg.metadata.get(n) for n in ("hook_name", "hook_name_out", "model_name")}
     record = {
@@ -132,21 +132,28 @@ def _for_training(loaded: Dictionary, cfg: TrainConfig) -> Dictionary:
 
 
 @torch.no_grad()
-def _bring_to_norm(made: Any, folder: str) -> None:
-    """Rows of norm 1, where steps would bring them there and so change the dictionary."""
-    norm = made.W_dec.norm(dim=-1)
-    if not made.terms.unit_norm or bool(((norm - 1).abs() < _ROUNDING).all()):
+def bring_to_norm(dictionary: Any) -> None:
+    """Bring decoder rows to norm 1 where steps would, so that these do not change what is reconstructed, in place.
+
+    Args:
+        dictionary: one that is trained or about to be.
+
+    Raises:
+        ConfigError: rows have other norms, and latents are chosen in a way that norms decide.
+    """
+    norm = dictionary.W_dec.norm(dim=-1)
+    if not dictionary.terms.unit_norm or bool(((norm - 1).abs() < _ROUNDING).all()):
         return
-    if isinstance(made, BatchTopKDictionary):
-        # It refuses while it trains, for tokens would share the budget in another way: as they do after the first step.
-        super(BatchTopKDictionary, made).fold_decoder_norm()
+    if isinstance(dictionary, BatchTopKDictionary):
+        # Its own refuses, for tokens would share the budget in another way; so they will after the first step.
+        super(BatchTopKDictionary, dictionary).fold_decoder_norm()
         return
     try:
-        made.fold_decoder_norm()
+        dictionary.fold_decoder_norm()
     except ConfigError as err:
         raise ConfigError(
-            f"decoder rows in {folder} have norms from {float(norm.min()):.3g} to {float(norm.max()):.3g}, and {err}; "
-            "let them be: dictionary.unit_norm false"
+            f"decoder rows have norms from {float(norm.min()):.3g} to {float(norm.max()):.3g}, and {err}; let them be: "
+            "dictionary.unit_norm false"
         ) from err
 
 
@@ -161,10 +168,10 @@ def _check_place(cfg: TrainConfig, held: dict[str, Any], d_in: int, d_out: int) 
             place = cfg.target or cfg.site if name == "d_out" else cfg.site
             raise ConfigError(f"{where} has {name} {held[name]}, and {place} of {cfg.model} is {width} wide")
     metadata = held.get("metadata") or {}
-    for key, name in (("hook_name", cfg.site), ("hook_name_out", cfg.target)):
+    for key, asked in (("hook_name", cfg.site), ("hook_name_out", cfg.target)):
         known = metadata.get(key)
-        if known is not None and name is not None and Site(str(known)) != Site(name):
-            raise ConfigError(f"{where} was trained on {known}, not on {name}; give the site that it is of")
+        if known is not None and asked is not None and Site(str(known)) != Site(asked):
+            raise ConfigError(f"{where} was trained on {known}, not on {asked}; give the site that it is of")
 
 
 def _k_of_training(held: dict[str, Any], where: str) -> int:

@@ -16,6 +16,7 @@ from interp.dictionaries.base import Dictionary, Losses
 from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
 from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
+from interp.train.start import bring_to_norm
 
 __all__ = [
     "DictionaryFit",
@@ -254,6 +255,7 @@ class DictionaryFit:
             self.target_scale = self.scale if target is None else self._scale_of(target)
         if self.trained:
             self.dictionary.fold_scale(1 / self.scale, 1 / self.target_scale)
+            bring_to_norm(self.dictionary)
             return
         given = None if target is None else target * self.target_scale
         self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
