@@ -28,6 +28,7 @@ _KINDS: dict[str, tuple[str, ...]] = {
     "jumprelu_skip_transcoder": ("jumprelu", "batchtopk"),
 }
 _NOT_SAID = "topk"  # the default of dictionary.kind, which is then whatever the folder holds
+_NEVER = 1e30
 _ROUNDING = 1e-3  # by which a decoder row's norm may miss 1 and count as 1
 
 
@@ -123,6 +124,9 @@ def _for_training(loaded: Dictionary, cfg: TrainConfig) -> Dictionary:
         made.least.fill_(float(there.mean()) if len(there) else 0.0)
         made.weight.fill_(1.0)
     else:
+        if "threshold" in state:
+            # Of a latent that is never active; its estimated gradient would be ∞ · 0.
+            state["threshold"] = state["threshold"].nan_to_num(posinf=_NEVER)
         # A union of classes, whose common base does not say how they are made.
         kind: Any = GradientTopKSAE if options.kind == "gradient_topk" else type(loaded)
         made = kind(settings, options)
