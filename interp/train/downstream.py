@@ -85,9 +85,9 @@ def downstream_loss(
         edit = _StandIn(place, whole[part], where=Where(mask=keep[part]))
         if found is None:
             with torch.no_grad():
-                value = value + of(hm.run(_some(block, part).inputs, write=edit, logits="all")).to(value)
+                value = value + of(hm.run(_some(block, part).inputs, write=[edit], logits="all")).to(value)
             continue
-        run = hm.run(_some(block, part).inputs, read=place, write=edit, grad=of, logits="all")
+        run = hm.run(_some(block, part).inputs, read=[place], write=[edit], grad=of, logits="all")
         assert run.metric is not None and run.grad is not None
         value = value + run.metric.to(value)
         found[part] = run.grad[place.name].to(found)
