@@ -300,6 +300,7 @@ def _run(
 def _beginning(session: Session, resumed_at: int) -> str:
     cfg, first = session.cfg, session.members[0]
     todo = f"{cfg.train.tokens:,} tokens" + (f", from step {resumed_at:,} on" if resumed_at else "")
+    todo += f", starting from {cfg.start}" if cfg.start and not resumed_at else ""
     if len(session.members) > 1:
         where = ", ".join(site.short for site in session.sites)
         return f"training {len(session.members)} dictionaries on {where} of {session.hm.name}: {todo}"

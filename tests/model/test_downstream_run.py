@@ -430,7 +430,7 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(
         config(settings, whole, store="somewhere")
     with pytest.raises(ValueError, match=r"batch_size is 200 and text.ctx 256"):
         config(settings, whole, text={"ctx": 256})
-    with pytest.raises(ValueError, match="a run may not replace its start"):
+    with pytest.raises(ValueError, match="a resume needs what it started from"):
         config(settings, whole, out=str(whole))
     with pytest.raises(ValueError, match="nothing would be trained"):
         DownstreamOptions(loss="kl", weight=0, reconstruction=0)
