@@ -49,7 +49,8 @@ def downstream_loss(
     as the site: nothing of the model lives on until `backward`. What lies below the site is run again, since no forward
     can begin at a site: behind layer l of L that adds l / (2 (L − l)) to what the rest takes.
     Memory, in bytes: about 6 · 4 · p · d_vocab for p positions in a part, which is 2^24 / d_vocab, or one row where
-    that has more; besides, a training step's activations of the whole model for a part, and 8 · d for each token.
+    that has more; besides, what a backward pass through the whole model needs of a part (much less where no parameter
+    requires a gradient), and 8 · d for each token.
 
     Args:
         hm: the manager of the model, whose own parameters get no gradient.

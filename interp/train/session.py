@@ -136,6 +136,9 @@ class Session:
 
     def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: StopSignals) -> None:
         self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
+        if cfg.downstream.loss != "none":
+            # Else each forward would keep what gradients of the weights are made of.
+            self.hm.model.requires_grad_(False)
         self.folder, self.stop = folder, stop
         self.members = [
             Member(one, name, self.hm, RunFolder(one.out) if name else folder) for name, one in cfg.members().items()
