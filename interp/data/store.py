@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp.core.errors import ConfigError
 from interp.core.site import Site
+from interp.data.beyond import Beyond
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -35,6 +36,7 @@ class Batch:
         tokens: token ids.
         positions: position of each token in its document; −1 at added special tokens.
         mask: False where a row should not count.
+        beyond: a loss of what these tokens' reconstruction does; None where only its distance to the target counts.
     """
 
     x: Float[Tensor, "token d_in"]
@@ -43,6 +45,7 @@ class Batch:
     tokens: Int[Tensor, "token"] | None = None
     positions: Int[Tensor, "token"] | None = None
     mask: Bool[Tensor, "token"] | None = None
+    beyond: Beyond | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
+from interp.core.run import Run
 from interp.core.site import Site
 from interp.data.ahead import Ahead
 from interp.data.store import ActivationStore, Rows, StreamState, check_sizes, row_sites
@@ -16,7 +17,7 @@ from interp.data.tokens import Cursor, TokenBlock, TokenSource
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["StreamedActivations"]
+__all__ = ["StreamedActivations", "counted_rounds", "kept_rows"]
 
 _AHEAD = 4  # blocks of tokens that are made ready while the model runs
 
@@ -81,27 +82,53 @@ class StreamedActivations(ActivationStore):
         Args:
             cursor: where to begin; None is the first document.
         """
-        # From a cursor on, nothing more may come of a text that has given something before.
-        again = cursor is not None and self.repeat
-        while True:
-            blocks = Ahead(self.tokens.blocks(cursor), _AHEAD)
-            try:
-                for block in blocks:
-                    keep = (block.mask & ~block.special).flatten().nonzero().flatten()
-                    if len(keep):
-                        again = self.repeat
-                        yield self._capture(block, keep), block.cursor
-            finally:
-                blocks.close()
-            if not again:
-                return
-            again, cursor = False, None
+        for block, keep in counted_rounds(self.tokens, cursor, repeat=self.repeat):
+            run = self.hm.run(block.inputs, read=self.sites, logits="none")
+            yield kept_rows(run, self.sites, block, keep, self.hm.device), block.cursor
 
-    def _capture(self, block: TokenBlock, keep: Int[Tensor, "token"]) -> "Rows":
-        run = self.hm.run(block.inputs, read=self.sites, logits="none")
-        read = [run[site.name].flatten(0, 1) for site in self.sites]  # each on the device of its layer
-        values = [x.index_select(0, keep.to(x.device)).flatten(1).to(self.hm.device) for x in read]
-        return Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
+
+def counted_rounds(
+    tokens: TokenSource, cursor: Cursor | None = None, *, repeat: bool = False
+) -> Iterator[tuple[TokenBlock, Int[Tensor, "token"]]]:
+    """Yield the blocks of a text that have tokens that count, with the places of these among the block's, flattened.
+
+    Args:
+        tokens: the text.
+        cursor: where to begin; None is the first document.
+        repeat: start over when the text ends, if something of it counted.
+    """
+    # From a cursor on, nothing more may come of a text that has given something before.
+    again = cursor is not None and repeat
+    while True:
+        blocks = Ahead(tokens.blocks(cursor), _AHEAD)
+        try:
+            for block in blocks:
+                keep = (block.mask & ~block.special).flatten().nonzero().flatten()
+                if len(keep):
+                    again = repeat
+                    yield block, keep
+        finally:
+            blocks.close()
+        if not again:
+            return
+        again, cursor = False, None
+
+
+def kept_rows(
+    run: Run, sites: Sequence[Site], block: TokenBlock, keep: Int[Tensor, "token"], device: torch.device
+) -> Rows:
+    """Return what a run over a block has read at the tokens that count.
+
+    Args:
+        run: with the sites read whole.
+        sites: in the order of the values.
+        block: the tokens of the run.
+        keep: places of those that count, among the flattened ones.
+        device: where to put the values.
+    """
+    read = [run[site.name].flatten(0, 1) for site in sites]  # each on the device of its layer
+    values = [x.index_select(0, keep.to(x.device)).flatten(1).to(device) for x in read]
+    return Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
 
 
 class _Shuffled(Iterator[Rows]):

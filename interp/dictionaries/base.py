@@ -28,6 +28,7 @@ __all__ = [
     "Losses",
     "Transcoder",
     "TranscoderConfig",
+    "read_cfg",
     "why_not",
 ]
 
@@ -87,6 +88,7 @@ class Losses:
         penalty: sparsity penalty before its coefficient, detached.
         l0: mean number of active latents per token.
         fired: in how many of the batch's tokens each latent was active.
+        beyond: the batch's `beyond` of the reconstruction, before its weight, detached; None where it has none.
     """
 
     total: Float[Tensor, ""]
@@ -95,6 +97,7 @@ class Losses:
     penalty: Float[Tensor, ""]
     l0: Float[Tensor, ""]
     fired: Int[Tensor, "d_sae"]
+    beyond: Float[Tensor, ""] | None = None
 
 
 class Dictionary(nn.Module, ABC):
@@ -136,7 +139,7 @@ class Dictionary(nn.Module, ABC):
         """Return the training loss of a batch.
 
         Args:
-            batch: activations, and a target where it differs.
+            batch: activations, a target where it differs, and `beyond` where what the reconstruction does counts too.
             dead: latents that have not fired for long; None when none can be dead yet.
         """
 
@@ -239,7 +242,7 @@ class Dictionary(nn.Module, ABC):
         path = place.folder
         if place.read is not None:
             return _as(cls, place.read(), path).to(device).eval().requires_grad_(False)
-        cfg = _read_cfg(path)
+        cfg = read_cfg(path)
         found = _class_of(str(cfg["architecture"]), path)
         _check_class(cls, found, path)
         try:
@@ -336,7 +339,12 @@ class Transcoder(Dictionary):
     cfg: TranscoderConfig
 
 
-def _read_cfg(folder: Path) -> dict[str, Any]:
+def read_cfg(folder: Path) -> dict[str, Any]:
+    """Read the settings of the dictionary in a folder, which name its architecture.
+
+    Raises:
+        ArtifactError: no dictionary is there, or it is damaged.
+    """
     path = folder / CFG
     if not path.is_file():
         held = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"

@@ -85,7 +85,9 @@ class SparseDictionary(Dictionary):
 
     The training loss is the reconstruction's, plus `objective.sparsity` times the architecture's penalty, plus
     `objective.aux_coef` times AuxK: the share of the error that the best dead latents of each token miss. With
-    `objective.prefixes` the reconstruction's loss is the mean over prefixes of the latents and all of them.
+    `objective.prefixes` the reconstruction's loss is the mean over prefixes of the latents and all of them. A batch's
+    `beyond` is given the reconstruction of all latents, those of this batch's choice, and added to the
+    reconstruction's loss by its weights; penalties and AuxK stay as they are.
 
     Source: Gao et al. 2024 (2406.04093), appendix A.2, for AuxK; Bussmann et al. 2025 (2503.17547) for prefixes.
     Departures: the AuxK's gradient passes its ReLU as if that were the identity, so that a latent that is negative
@@ -165,6 +167,9 @@ class SparseDictionary(Dictionary):
         fvu = (squares[-1] / variance).detach()
         total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, len(x)))
         none = torch.zeros_like(fvu)
+        beyond = None
+        if batch.beyond is not None:
+            total, beyond = batch.beyond.joined(total, target - errors[-1])
         penalty, aux = self._penalty(activity, len(x)), none
         if penalty is not None:
             total = total + self.warm * self.terms.sparsity * penalty
@@ -187,6 +192,7 @@ class SparseDictionary(Dictionary):
             penalty=none if penalty is None else penalty.detach(),
             l0=fired.sum() / max(1, len(x)),
             fired=fired,
+            beyond=beyond,
         )
 
     @property

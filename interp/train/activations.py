@@ -16,6 +16,7 @@ from interp.data.remotefolder import RemoteFolder
 from interp.data.store import ActivationStore
 from interp.data.tokens import TokenSource
 from interp.train.config import TrainConfig
+from interp.train.downstream import RowBatches
 from interp.train.text import token_source
 
 __all__ = ["CACHE", "check_store", "open_store", "tokens_of", "vector_site"]
@@ -46,8 +47,12 @@ def vector_site(name: str, shapes: Mapping[Site, Any]) -> tuple[Site, int]:
 
 
 def open_store(cfg: TrainConfig, hm: HookManager, sites: Sequence[Site]) -> ActivationStore:
-    """The store that a training reads: streamed from the model, on a disk, or at a URL."""
+    """The store that a training reads: streamed from the model, shuffled or in whole rows, on a disk, or at a URL."""
     sizes: Any = {"batch_size": cfg.train.batch_size, "buffer_tokens": cfg.train.buffer_tokens, "seed": cfg.seed}
+    if cfg.downstream.loss != "none":
+        whole = cfg.text.model_copy(update={"rows": cfg.train.batch_size // cfg.text.ctx})
+        text = tokens_of(cfg.model_copy(update={"text": whole}), hm, "train")
+        return RowBatches(hm, text, list(sites), cfg.downstream, rows=cfg.text.rows, repeat=True)
     if cfg.store is None:
         return ActivationStore.stream(hm, tokens_of(cfg, hm, "train"), list(sites), repeat=True, **sizes)
     pin = hm.device.type == "cuda"

@@ -13,6 +13,7 @@ from interp.dictionaries.options import DictionaryOptions, Kind
 
 __all__ = [
     "DictionaryOptions",
+    "DownstreamOptions",
     "EvaluationOptions",
     "SweepOptions",
     "TextOptions",
@@ -96,6 +97,31 @@ class TrainOptions(Settings):
         return max(1, min(self.steps // 10, 10_000_000 // self.batch_size))
 
 
+class DownstreamOptions(Settings):
+    """The model's loss with the reconstruction in the activation's place, beside the reconstruction's own loss."""
+
+    loss: Literal["none", "ce", "kl"] = Field(
+        default="none",
+        description="none; ce: cross-entropy of the text; kl: KL(clean ‖ with the reconstruction), in nats. A batch is "
+        "then made of whole rows of text, in their order",
+    )
+    weight: float = Field(default=1.0, ge=0, description="its weight; 0 only measures it")
+    reconstruction: float = Field(
+        default=1.0, ge=0, description="weight of the reconstruction's loss; 0 leaves the model's alone (end to end)"
+    )
+    balance: bool = Field(
+        default=True,
+        description="bring the model's loss to the size of the reconstruction's at each step, and take the mean of the "
+        "two by their weights; else their sum",
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "DownstreamOptions":
+        if self.weight + self.reconstruction == 0:
+            raise ValueError("weight and reconstruction are both 0, so nothing would be trained; give one of them")
+        return self
+
+
 class EvaluationOptions(Settings):
     """How the trained dictionary is measured, on documents that it was not trained on."""
 
@@ -163,6 +189,11 @@ class TrainConfig(Settings):
         gt=0,
         description="bytes of shards that may lie in it; those of three windows of train.buffer_tokens are good",
     )
+    start: str | None = Field(
+        default=None,
+        description="folder of a trained dictionary to go on from, ours or SAELens'; dictionary.kind, d_sae and k are "
+        "then its own. What BatchTopK saved goes on as jumprelu, or as batchtopk where that is asked for",
+    )
     out: str = Field(description="folder to write; it must not hold anything yet")
     seed: int = Field(default=0, ge=0, description="of the first weights and the shuffling")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default where the model loads")
@@ -172,6 +203,7 @@ class TrainConfig(Settings):
     dictionary: DictionaryOptions = DictionaryOptions()
     text: TextOptions = TextOptions()
     train: TrainOptions = TrainOptions()
+    downstream: DownstreamOptions = DownstreamOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     sweep: SweepOptions = SweepOptions()
 
@@ -189,6 +221,30 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"dictionary.form is {self.dictionary.form!r} and target is {'given' if given else 'not given'}: a "
                 "transcoder needs the site that it reconstructs, an SAE has none but its own"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_rows(self) -> "TrainConfig":
+        if self.downstream.loss == "none":
+            return self
+        if self.store is not None:
+            raise ValueError(
+                f"downstream.loss {self.downstream.loss} runs the model on whole rows of text, and a store holds "
+                "tokens without their rows; leave store out"
+            )
+        if self.train.batch_size < self.text.ctx:
+            raise ValueError(
+                f"train.batch_size is {self.train.batch_size} and text.ctx {self.text.ctx}: with downstream.loss a "
+                "step takes whole rows, so at least one must fit; raise the one or lower the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_elsewhere(self) -> "TrainConfig":
+        if self.start is not None and Path(self.start).resolve() == Path(self.out).resolve():
+            raise ValueError(
+                f"start and out are both {self.out}: a resume needs what it started from; give another out"
             )
         return self
 

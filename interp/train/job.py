@@ -16,6 +16,7 @@ from interp.train.config import TrainConfig
 from interp.train.runfolder import SWEEP, RunFolder
 from interp.train.session import Session
 from interp.train.signals import StopSignals
+from interp.train.start import followed
 from interp.train.trainer import Training, default_lr
 
 if TYPE_CHECKING:
@@ -157,19 +158,23 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
     size, options, members = 4 if cfg.dtype in (None, "float32") else 2, cfg.train, list(cfg.members().values())
     widths: dict[str, int] = {}
     parameters = numbers = step = 0
+    first: TrainConfig | None = None
     for one in members:
         _, d_in = vector_site(one.site, shapes)
         d_out = d_in if one.target is None else vector_site(one.target, shapes)[1]
         widths |= {one.site: d_in} | ({} if one.target is None else {one.target: d_out})
+        one = followed(one, d_in, d_out)
+        first = first or one.sized(d_in)
         d_sae, _ = one.dictionary.sizes(d_in)
         skip = d_in * d_out if one.dictionary.form == "skip_transcoder" else 0
         parameters += d_sae * (d_in + d_out + 1) + d_out + skip
         numbers += 8 * d_sae
         step = max(step, 8 * options.batch_size * d_sae)
     width = sum(widths.values())
-    buffer = options.buffer_tokens * (4 * width + 16)
-    spare = cfg.text.rows * cfg.text.ctx * (size * width + 16)
-    first = members[0].sized(vector_site(members[0].site, shapes)[1])
+    waiting = options.buffer_tokens if cfg.downstream.loss == "none" else 0  # whole rows of text are not shuffled
+    buffer = waiting * (4 * width + 16)
+    spare = cfg.text.rows * cfg.text.ctx * (size * width + 16) if waiting else 0
+    assert first is not None
     d_sae, k = first.dictionary.d_sae or 0, first.dictionary.k or 0
     return Plan(
         tokens=options.tokens,
@@ -184,7 +189,7 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
         dictionary_bytes=16 * parameters + step,
         buffer_bytes=buffer,
         model_bytes=weights * size,
-        checkpoint_bytes=12 * parameters + numbers + buffer + 16 * options.buffer_tokens + spare,
+        checkpoint_bytes=12 * parameters + numbers + buffer + 16 * waiting + spare,
     )
 
 
@@ -295,6 +300,7 @@ def _run(
 def _beginning(session: Session, resumed_at: int) -> str:
     cfg, first = session.cfg, session.members[0]
     todo = f"{cfg.train.tokens:,} tokens" + (f", from step {resumed_at:,} on" if resumed_at else "")
+    todo += f", starting from {cfg.start}" if cfg.start and not resumed_at else ""
     if len(session.members) > 1:
         where = ", ".join(site.short for site in session.sites)
         return f"training {len(session.members)} dictionaries on {where} of {session.hm.name}: {todo}"

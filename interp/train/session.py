@@ -20,8 +20,10 @@ from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.activations import check_store, open_store, tokens_of, vector_site
 from interp.train.checkpoint import SavedState
 from interp.train.config import TrainConfig
+from interp.train.downstream import RowBatches
 from interp.train.runfolder import RunFolder
 from interp.train.signals import StopSignals
+from interp.train.start import followed, started
 from interp.train.trainer import DictionaryFit, Training, run_fits
 
 __all__ = ["Member", "Session"]
@@ -47,10 +49,13 @@ class Member:
         d_out = d_in
         if cfg.target is not None:
             self.target, d_out = vector_site(cfg.target, shapes)
-        self.cfg = cfg.sized(d_in)
-        self.dictionary = self.cfg.dictionary.make(d_in, d_out).to(hm.device)
+        self.cfg = followed(cfg, d_in, d_out).sized(d_in)
+        self.start = started(self.cfg)
+        made = self.cfg.dictionary.make(d_in, d_out) if self.start is None else self.start.dictionary
+        self.dictionary = made.to(hm.device)
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
-        self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=f"{name} {shown}".strip())
+        shown, again = f"{name} {shown}".strip(), self.start is not None
+        self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=shown, trained=again)
 
     @property
     def sites(self) -> list[Site]:
@@ -116,6 +121,7 @@ class Member:
             "training_tokens": training.tokens,
             "training_architecture": cfg.dictionary.kind,
             "training_architecture_details": options,
+            **({} if self.start is None else {"started_from": self.start.record}),
         }
 
 
@@ -130,6 +136,9 @@ class Session:
 
     def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: StopSignals) -> None:
         self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
+        if cfg.downstream.loss != "none":
+            # Else each forward would keep what gradients of the weights are made of.
+            self.hm.model.requires_grad_(False)
         self.folder, self.stop = folder, stop
         self.members = [
             Member(one, name, self.hm, RunFolder(one.out) if name else folder) for name, one in cfg.members().items()
@@ -143,9 +152,14 @@ class Session:
         first = next(tokens_of(cfg, self.hm, "train").blocks())
         refuse_long_rows(self.hm, first)
         next(tokens_of(cfg, self.hm, "held_out").blocks())
+        self.start = self.members[0].start  # of all of them
         self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
+        if self.start is not None:
+            self.settings["start_weights"] = self.start.record["weights"]
         # Last: the cache of a store at a URL is made here, and its first shards are fetched with the first stream.
         self.store = open_store(self.cfg, self.hm, self.sites)
+        if isinstance(self.store, RowBatches):
+            self.store.check(list(dict.fromkeys(member.sites[-1] for member in self.members)))
         self.stream: BatchStream  # of `begin` or `go_on`
 
     @property
@@ -226,7 +240,8 @@ class Session:
         provenance = Provenance.of(self.hm, settings=self.cfg.model_dump(mode="json"), seed=self.cfg.seed)
         store = self.store.describe()
         threads, device = torch.get_num_threads(), str(self.hm.device)
-        return {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device}
+        known = {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device}
+        return known if self.start is None else {**known, "started_from": self.start.record}
 
     def _own(self) -> Sequence[Member]:
         """The members that have a folder of their own."""
@@ -296,6 +311,8 @@ def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str,
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
     free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
     free |= {"store_cache": True, "store_cache_bytes": True}
+    free |= {} if cfg.start else {"start": True}
+    free |= {} if cfg.downstream.loss != "none" else {"downstream": True}
     return {
         "format": 1,
         **cfg.model_dump(mode="json", exclude=free),

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from interp.core.errors import DataError
+from interp.core.errors import ConfigError, DataError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, Losses
 from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
 from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
+from interp.train.start import bring_to_norm
 
 __all__ = [
     "DictionaryFit",
@@ -117,11 +118,14 @@ class DictionaryFit:
         options: how to fit.
         seed: of the first weights, and of what the loss may draw.
         name: of the site, for the bar and for errors.
+        trained: the dictionary is one of raw activations that has been trained; it is scaled, and nothing is drawn.
     """
 
-    def __init__(self, dictionary: Dictionary, options: TrainOptions, *, seed: int = 0, name: str = "") -> None:
+    def __init__(
+        self, dictionary: Dictionary, options: TrainOptions, *, seed: int = 0, name: str = "", trained: bool = False
+    ) -> None:
         self.dictionary, self.options = dictionary.train().requires_grad_(True), options
-        self.seed, self.name = seed, name
+        self.seed, self.name, self.trained = seed, name, trained
         self.device = dictionary.W_enc.device
         d_sae = dictionary.cfg.d_sae
         self.lr = default_lr(d_sae) if options.lr is None else options.lr
@@ -131,6 +135,7 @@ class DictionaryFit:
         self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
         self.sums = torch.zeros(4, device=self.device)
+        self.beyond, self.beyond_sum = "", torch.zeros((), device=self.device)
         self.reported = 0
         self.last: dict[str, int | float] = {}
         self.began = self.marked = time.perf_counter()
@@ -201,7 +206,8 @@ class DictionaryFit:
     def record(self) -> dict[str, Any]:
         """Return the counters as plain JSON."""
         names = ("steps", "tokens", "scale", "target_scale", "lr_now", "reported", "last")
-        return {name: getattr(self, name) for name in names}
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "beyond": self.beyond} if self.beyond else found
 
     def tensors(self) -> dict[str, Tensor]:
         """Return, on the CPU and by name, unfolded weights, moments, sums and random states.
@@ -211,6 +217,7 @@ class DictionaryFit:
         found = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
         found |= moments(self.optimizer, dict(self.dictionary.named_parameters())) | random_states(self.device)
         found |= {"sums": self.sums, "last_fired": self.last_fired}
+        found |= {"beyond_sum": self.beyond_sum} if self.beyond else {}
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     @torch.no_grad()
@@ -225,10 +232,13 @@ class DictionaryFit:
         restore_moments(self.optimizer, dict(self.dictionary.named_parameters()), tensors)
         self.sums.copy_(tensors["sums"])
         self.last_fired.copy_(tensors["last_fired"])
+        if beyond := str(record.get("beyond", "")):
+            self.beyond = beyond
+            self.beyond_sum.copy_(tensors["beyond_sum"])
         self._random = {name: value for name, value in tensors.items() if name.startswith("rng.")}
 
     def begin(self, first: Sequence[Batch]) -> None:
-        """Draw scale and first weights from the first batches, which are trained on afterwards.
+        """Take the scale from the first batches, which are trained on afterwards, and draw the first weights.
 
         Raises:
             DataError: there are none.
@@ -243,6 +253,10 @@ class DictionaryFit:
         if self.options.normalize:
             self.scale = self._scale_of(sample)
             self.target_scale = self.scale if target is None else self._scale_of(target)
+        if self.trained:
+            self.dictionary.fold_scale(1 / self.scale, 1 / self.target_scale)
+            bring_to_norm(self.dictionary)
+            return
         given = None if target is None else target * self.target_scale
         self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
 
@@ -279,7 +293,9 @@ class DictionaryFit:
         x = self._scaled(batch.x, self.scale)
         target = None if batch.target is None else self._scaled(batch.target, self.target_scale)
         grad = None if batch.grad is None else self._scaled(batch.grad, 1 / self.scale)
-        losses = self.dictionary.loss(replace(batch, x=x, target=target, grad=grad), dead=self._dead())
+        beyond = None if batch.beyond is None else batch.beyond.of_scaled(self.target_scale)
+        given = replace(batch, x=x, target=target, grad=grad, beyond=beyond)
+        losses = self.dictionary.loss(given, dead=self._dead())
         losses.total.backward()
         self.dictionary.before_step()
         torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.options.grad_clip)
@@ -290,6 +306,8 @@ class DictionaryFit:
         self.optimizer.zero_grad(set_to_none=True)
         self.dictionary.after_step()
         self._count(losses, len(x))
+        if beyond is not None:
+            self._count_beyond(beyond.name, losses)
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         # From pinned memory nothing waits for the copy; the conversion is the device's.
@@ -314,7 +332,8 @@ class DictionaryFit:
             return
         dead = torch.zeros((), device=self.device) if (mask := self._dead()) is None else mask.float().mean()
         # One copy to the host for all of them.
-        *values, bad = torch.stack([*(self.sums / n), dead, self.first_bad.float()]).tolist()
+        found = [*(self.sums / n), dead, self.beyond_sum / n, self.first_bad.float()]
+        *values, beyond, bad = torch.stack(found).tolist()
         if bad >= 0:
             self.check()
         now = time.perf_counter()
@@ -327,12 +346,14 @@ class DictionaryFit:
             "l0": l0,
             "aux": aux,
             "penalty": penalty,
+            **({self.beyond: beyond} if self.beyond else {}),
             "dead": dead_share,
             "lr": self.lr_now,
             "tokens_per_s": speed,
         }
         self.reported, self.marked, self.marked_tokens = self.steps, now, self.tokens
         self.sums.zero_()
+        self.beyond_sum.zero_()
         if log is not None:
             log(self.last)
 
@@ -356,6 +377,15 @@ class DictionaryFit:
         self.sums += torch.stack([losses.fvu.float(), losses.aux.float(), losses.l0.float(), losses.penalty.float()])
         self.steps, self.tokens = self.steps + 1, self.tokens + n
         self.last_fired = torch.where(losses.fired > 0, self.tokens, self.last_fired)
+
+    def _count_beyond(self, name: str, losses: Losses) -> None:
+        if losses.beyond is None:
+            raise ConfigError(
+                f"a {type(self.dictionary).__name__} has no loss behind its site, and {name} was asked for; train "
+                "another kind, or leave downstream.loss out"
+            )
+        self.beyond = name
+        self.beyond_sum += losses.beyond.float()
 
 
 def run_fits(

@@ -183,10 +183,8 @@ def test_rows_outside_the_mask_do_not_count(kind: str, form: str) -> None:
     one, two = (with_aux(make(kind, form)) for _ in range(2))
     batch, dead = batch_for(one, masked=True), dead_of(12)
     assert batch.mask is not None and batch.grad is not None and batch.target is not None
-    spoiled = Batch(
-        **{n: torch.where(batch.mask[:, None], getattr(batch, n), 1e3) for n in ("x", "target", "grad")},
-        mask=batch.mask,
-    )
+    parts: Any = {n: torch.where(batch.mask[:, None], getattr(batch, n), 1e3) for n in ("x", "target", "grad")}
+    spoiled = Batch(**parts, mask=batch.mask)
     kept = Batch(x=batch.x[batch.mask], target=batch.target[batch.mask], grad=batch.grad[batch.mask])
     part, whole = one.loss(spoiled, dead=dead), two.loss(kept, dead=dead)
     for name in ("total", "fvu", "aux", "penalty", "l0", "fired"):
