@@ -8,6 +8,7 @@
     sweep.csv, sweep.html of a sweep, whose dictionaries have such folders of their own in it: all figures
     cfg.json, sae_weights.safetensors   the dictionary
     resume/               a state to resume from, until the run is finished
+    tensorboard/, wandb/, wandb.json    of trackers, where the settings ask for them
 
 `cfg.json`, without which nothing loads, is written last by the dictionary itself, and is the first to go when an old
 run is replaced or resumed: so a folder that was not finished does not look whole.

@@ -22,6 +22,7 @@ from interp.train.checkpoint import SavedState
 from interp.train.config import TrainConfig
 from interp.train.runfolder import RunFolder
 from interp.train.signals import StopSignals
+from interp.train.trackers import Trackers, clear_trackers
 from interp.train.trainer import DictionaryFit, Training, run_fits
 
 __all__ = ["Member", "Session"]
@@ -51,11 +52,26 @@ class Member:
         self.dictionary = self.cfg.dictionary.make(d_in, d_out).to(hm.device)
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=f"{name} {shown}".strip())
+        self.trackers: Trackers | None = None
 
     @property
     def sites(self) -> list[Site]:
         """What it reads, and what it reconstructs."""
         return [self.site] if self.target is None else [self.site, self.target]
+
+    def track(self, after: int | None) -> None:
+        """Begin to send metrics to trackers, or go on after a step of an earlier part of the run."""
+        folder, settings = self.folder.path, self.cfg.model_dump(mode="json")
+        if after is None:
+            clear_trackers(folder)
+        group = folder.parent.name if self.name else None
+        self.trackers = Trackers(self.cfg.train.track, folder, settings=settings, after=after, group=group)
+
+    def log(self, line: dict[str, int | float]) -> None:
+        """Write a line of metrics, and send it to trackers."""
+        self.folder.log(line)
+        if self.trackers is not None:
+            self.trackers.log(line)
 
     def record(self) -> dict[str, Any]:
         """Where its fit stands, as plain JSON."""
@@ -97,6 +113,8 @@ class Member:
         of_training = f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
         text = cfg.evaluation.data or of_training
         self.folder.evaluation({**evaluation.scalars(), "text": text, "special_tokens": "left out"})
+        if self.trackers is not None:
+            self.trackers.figures(evaluation.scalars(), self.fit.steps)
         return evaluation
 
     def _notes(self, training: Training) -> dict[str, Any]:
@@ -159,7 +177,15 @@ class Session:
         self.folder.begin(self._state(), self.cfg.to_yaml(), force=force)
         for member in self._own():
             member.folder.begin_in(member.cfg.to_yaml())
+        for member in self.members:
+            member.track(None)
         return 0
+
+    def close(self) -> None:
+        """Let what was sent to trackers arrive."""
+        for member in self.members:
+            if member.trackers is not None:
+                member.trackers.close()
 
     def remove_cache(self) -> None:
         """Remove the store's cache, if it is this run's own."""
@@ -192,6 +218,8 @@ class Session:
             for member in self.members:
                 member.restore(saved)
         self.stream = self._restored(record["stream"] if record["step"] else {}, saved)
+        for member in self.members:
+            member.track(record["step"])
         return int(record["step"])
 
     def train(self, progress: bool) -> list[Training]:
@@ -199,7 +227,7 @@ class Session:
         run_fits(
             [member.fit for member in self.members],
             self._batches(),
-            [member.folder.log for member in self.members],
+            [member.log for member in self.members],
             save=lambda: self.folder.save_state(self._state()),
             save_wanted=self.stop.save_wanted,
             should_stop=self.stop,
@@ -294,7 +322,12 @@ class Session:
 
 def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
-    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
+    free: Any = {
+        "out": True,
+        "device": True,
+        "evaluation": {"tokens", "pca_rank"},
+        "train": {"checkpoint_every", "track"},
+    }
     free |= {"store_cache": True, "store_cache_bytes": True}
     return {
         "format": 1,
