@@ -11,7 +11,7 @@ __all__ = ["active_subspace", "first_directions"]
 
 _TINY = 1e-12
 _HELD = 0.99  # of the variance, in the active subspace
-_MOST = 10.0  # mean components that one counts for at most
+_OUTLIERS = 4  # components that are not counted, at most
 
 
 def first_directions(
@@ -50,9 +50,10 @@ def active_subspace(x: Float[Tensor, "token d_in"], rank: int | None = None) -> 
     """Return an orthonormal basis of the subspace that activations lie in: their top principal components.
 
     Source: Wang et al. 2025 (2508.16929), where the rank is set by hand. Departure: by default it is the smallest for
-    which 99 % of the variance lies in the subspace, where no component counts for more than ten mean ones. The paper
-    calls low-rank by that 99 %; without the bound, one outlier dimension with nearly all of the variance would be the
-    whole subspace. Where it errs, it keeps too many, and all of them are what `random` has.
+    which 99 % of the variance lies in the subspace, which is what the paper calls low-rank by. Some sites have outlier
+    dimensions that hold nearly all of the variance, and would be the whole subspace: so of the first components, up to
+    four that each hold more than half of what is left are in it and not counted. Where that errs, the subspace is too
+    wide, and at most what `random` has.
 
     Args:
         x: activations.
@@ -68,9 +69,20 @@ def active_subspace(x: Float[Tensor, "token d_in"], rank: int | None = None) -> 
     variance, vectors = torch.linalg.eigh(centred.T @ centred)
     variance, vectors = variance.flip(0).clamp_min(0), vectors.flip(1)
     if rank is None:
-        counted = variance.clamp_max(_MOST * variance.mean())
-        rank = int((counted.cumsum(0) < _HELD * counted.sum()).sum()) + 1
+        rank = _rank(variance.tolist())
     return vectors.T[: min(rank, width)]
+
+
+def _rank(variance: list[float]) -> int:
+    """How many components hold nearly all of the variance but for outliers'."""
+    aside = 0
+    while aside < _OUTLIERS and variance[aside:] and variance[aside] > sum(variance[aside:]) / 2:
+        aside += 1
+    wanted, held, rank = _HELD * sum(variance[aside:]), 0.0, aside
+    while held < wanted:
+        held += variance[rank]
+        rank += 1
+    return max(rank, 1)
 
 
 def _of_tokens(x: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -80,10 +92,11 @@ def _of_tokens(x: Tensor, n: int, generator: torch.Generator) -> Tensor:
     order = torch.randperm(len(tokens), generator=generator)[:n].to(x.device)
     rows = tokens[order]
     if (more := n - len(rows)) > 0:
-        first, second = torch.randint(len(tokens), (2, more), generator=generator).to(x.device)
-        rows = torch.cat([rows, tokens[first] - tokens[second]])
+        first = torch.randint(len(tokens), (more,), generator=generator)
+        second = (first + torch.randint(1, max(2, len(tokens)), (more,), generator=generator)) % len(tokens)
+        rows = torch.cat([rows, tokens[first.to(x.device)] - tokens[second.to(x.device)]])
     norm = rows.norm(dim=-1, keepdim=True)
-    # A token at the mean, or less itself, has no direction.
+    # A token at the mean has no direction.
     spare = torch.randn(n, x.shape[1], generator=generator, dtype=torch.float64).to(x.device)
     rows = torch.where(norm > _TINY, rows, spare)
     return rows / rows.norm(dim=-1, keepdim=True)

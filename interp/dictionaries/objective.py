@@ -46,7 +46,7 @@ class Objective(Settings):
     init_rank: int | None = Field(
         default=None,
         gt=0,
-        description="dimensions of that subspace; by default those that hold 99 % of the variance, outliers bounded",
+        description="dimensions of that subspace; by default as many as hold 99 % of the variance but for outliers'",
     )
     k_start: int | None = Field(default=None, gt=0, description="TopK: k at the first step")
     k_warmup: float = Field(

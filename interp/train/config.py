@@ -57,7 +57,7 @@ class TrainOptions(Settings):
     lr: float | None = Field(
         default=None,
         gt=0,
-        description="step size; by default 2e-4 / √(d_sae / 2^14), half of that for signsgd, and 2e-3 for muon",
+        description="step size; by default 2e-4 / √(d_sae / 2^14), a third of that for signsgd, 2e-3 for muon",
     )
     warmup: float = Field(default=0.02, ge=0, le=1, description="share of the tokens over which lr rises from 0")
     decay: float = Field(

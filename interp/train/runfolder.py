@@ -234,6 +234,12 @@ class RunFolder:
         """The size of the metrics so far."""
         return _size(self.path / METRICS)
 
+    def logged_to(self) -> int:
+        """The step of the last line of metrics; 0 for none."""
+        path = self.path / METRICS
+        held = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return int(json.loads(held[-1])["step"]) if held else 0
+
     def _finished(self) -> bool:
         try:
             record = json.loads((self.path / _PROVENANCE).read_text(encoding="utf-8"))

@@ -60,7 +60,7 @@ class Member:
         return [self.site] if self.target is None else [self.site, self.target]
 
     def track(self, after: int | None) -> None:
-        """Begin to send metrics to trackers, or go on after a step of an earlier part of the run."""
+        """Begin to send metrics to trackers, or go on after the last line that an earlier part of the run has left."""
         folder, settings = self.folder.path, self.cfg.model_dump(mode="json")
         if after is None:
             clear_trackers(folder)
@@ -219,7 +219,7 @@ class Session:
                 member.restore(saved)
         self.stream = self._restored(record["stream"] if record["step"] else {}, saved)
         for member in self.members:
-            member.track(record["step"])
+            member.track(member.folder.logged_to() if record["step"] else 0)
         return int(record["step"])
 
     def train(self, progress: bool) -> list[Training]:

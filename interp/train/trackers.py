@@ -26,9 +26,9 @@ _PROJECT = "interp"
 
 
 class _Tracker(Protocol):
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
+    def log(self, values: Mapping[str, int | float], step: int) -> None: ...
 
-    def figures(self, values: Mapping[str, float], step: int) -> None: ...
+    def figures(self, values: Mapping[str, int | float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -41,8 +41,9 @@ class Trackers:
         folder: the run's folder, which is there. TensorBoard's log goes to `tensorboard/` in it, wandb's files to
             `wandb/`, and the name that wandb knows the run by to `wandb.json`.
         settings: what the run is, for wandb.
-        after: the step that a resumed run goes on after; None for a new one. What was logged of later steps does not
-            count any more: TensorBoard passes it over, and wandb is not sent it again.
+        after: the last step that a resumed run has metrics of; None for a new one. What was logged of later steps does
+            not count any more: TensorBoard passes it over, and wandb is not sent it again. (A run that was stopped has
+            a last line of its own, which the rest of it has not; wandb keeps that.)
         group: the sweep that the run is one of, for wandb.
 
     Raises:
@@ -107,12 +108,12 @@ class _TensorBoard:
 
         self._writer = SummaryWriter(str(folder), purge_step=None if after is None else after + 1)
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, int | float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # a kill may come before the minutes that it would else wait
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
+    def figures(self, values: Mapping[str, int | float], step: int) -> None:
         self.log(values, step)
 
     def close(self) -> None:
@@ -140,13 +141,13 @@ class _Wandb:
         )
         self._remember()
 
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(self, values: Mapping[str, int | float], step: int) -> None:
         if step > self._last:
             self._run.log(dict(values), step=step)
             self._last = step
             self._remember()
 
-    def figures(self, values: Mapping[str, float], step: int) -> None:
+    def figures(self, values: Mapping[str, int | float], step: int) -> None:
         self._run.summary.update(dict(values))
 
     def close(self) -> None:
