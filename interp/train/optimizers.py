@@ -49,7 +49,7 @@ class SignSGD(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Take one step."""
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
@@ -97,7 +97,7 @@ class Adam8bit(torch.optim.Optimizer):
         self._maps = [functional.create_dynamic_map(signed=signed) for signed in (True, False)]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Take one step."""
         for group in self.param_groups:
             for p in group["params"]:

@@ -47,7 +47,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 def after(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], None]) -> None:
     """Do something once, when a fit has taken so many steps."""
-    taken, done = DictionaryFit.step, []
+    taken, done = DictionaryFit.step, list[bool]()
 
     def stepped(self: DictionaryFit, batch: Batch) -> None:
         taken(self, batch)
@@ -171,7 +171,7 @@ def test_a_missing_package_is_named_before_a_folder_is_made(tmp_path: Path, monk
     for name in ("tensorboard", "wandb"):
         for begin in (plan_job, train_job):
             with pytest.raises(ConfigError, match=f"pip install {name}"):
-                begin(config(tmp_path / "run", name))  # type: ignore[operator]
+                begin(config(tmp_path / "run", name))
     assert not (tmp_path / "run").exists()
 
 
@@ -193,7 +193,8 @@ def logged(out: Path) -> None:
         assert [step for step, _ in found[f"train/{name}"]] == [row["step"] for row in rows]
         assert [value for _, value in found[f"train/{name}"]] == pytest.approx([row[name] for row in rows], rel=1e-6)
     figures = json.loads((out / "evaluation.json").read_text())
-    assert found["evaluation/fvu"] == [(20, pytest.approx(figures["fvu"], rel=1e-6))]
+    ((step, fvu),) = found["evaluation/fvu"]
+    assert step == 20 and fvu == pytest.approx(figures["fvu"], rel=1e-6)
     assert len(found["train/tokens_per_s"]) == len(rows)
 
 

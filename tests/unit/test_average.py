@@ -79,7 +79,7 @@ def test_the_average_is_nearer_to_the_truth_than_the_last_weights() -> None:
     for step in range(400):  # down a bowl whose gradient has as much noise as it has slope at a distance of 1
         with torch.no_grad():
             for name, p in made.named_parameters():
-                p -= 0.3 * (p - truth[name] + torch.randn_like(p))
+                p.sub_(0.3 * (p - truth[name] + torch.randn_like(p)))
         average.update(made, step)
     for name, p in made.named_parameters():
         last, mean = (float((value - truth[name]).detach().norm()) for value in (p, average.held[name]))
