@@ -234,11 +234,10 @@ class RunFolder:
         """The size of the metrics so far."""
         return _size(self.path / METRICS)
 
-    def logged_to(self) -> int:
-        """The step of the last line of metrics; 0 for none."""
-        path = self.path / METRICS
-        held = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        return int(json.loads(held[-1])["step"]) if held else 0
+    def lines(self) -> list[dict[str, int | float]]:
+        """The lines that were logged, with how fast it went."""
+        speeds = {line["step"]: line for line in _read_lines(self.path / SPEED)}
+        return [{**line, **speeds.get(line["step"], {})} for line in _read_lines(self.path / METRICS)]
 
     def _finished(self) -> bool:
         try:
@@ -305,3 +304,7 @@ def forget_after(path: Path, step: int) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _read_lines(path: Path) -> list[dict[str, int | float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -59,13 +59,14 @@ class Member:
         """What it reads, and what it reconstructs."""
         return [self.site] if self.target is None else [self.site, self.target]
 
-    def track(self, after: int | None) -> None:
+    def track(self, *, resumed: bool) -> None:
         """Begin to send metrics to trackers, or go on after the last line that an earlier part of the run has left."""
         folder, settings = self.folder.path, self.cfg.model_dump(mode="json")
-        if after is None:
+        if not resumed:
             clear_trackers(folder)
+        before = self.folder.lines() if resumed else None
         group = folder.parent.name if self.name else None
-        self.trackers = Trackers(self.cfg.train.track, folder, settings=settings, after=after, group=group)
+        self.trackers = Trackers(self.cfg.train.track, folder, settings=settings, before=before, group=group)
 
     def log(self, line: dict[str, int | float]) -> None:
         """Write a line of metrics, and send it to trackers."""
@@ -178,7 +179,7 @@ class Session:
         for member in self._own():
             member.folder.begin_in(member.cfg.to_yaml())
         for member in self.members:
-            member.track(None)
+            member.track(resumed=False)
         return 0
 
     def close(self) -> None:
@@ -219,7 +220,7 @@ class Session:
                 member.restore(saved)
         self.stream = self._restored(record["stream"] if record["step"] else {}, saved)
         for member in self.members:
-            member.track(member.folder.logged_to() if record["step"] else 0)
+            member.track(resumed=True)
         return int(record["step"])
 
     def train(self, progress: bool) -> list[Training]:

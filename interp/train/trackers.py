@@ -41,9 +41,9 @@ class Trackers:
         folder: the run's folder, which is there. TensorBoard's log goes to `tensorboard/` in it, wandb's files to
             `wandb/`, and the name that wandb knows the run by to `wandb.json`.
         settings: what the run is, for wandb.
-        after: the last step that a resumed run has metrics of; None for a new one. What was logged of later steps does
-            not count any more: TensorBoard passes it over, and wandb is not sent it again. (A run that was stopped has
-            a last line of its own, which the rest of it has not; wandb keeps that.)
+        before: the lines of metrics that a resumed run goes on after; None for a new one. What TensorBoard has of later
+            steps it passes over. wandb gets them all again and keeps the steps that it has not: for one that is killed
+            loses what it has not sent. (A run that was stopped has a last line of its own, which wandb keeps.)
         group: the sweep that the run is one of, for wandb.
 
     Raises:
@@ -56,17 +56,18 @@ class Trackers:
         folder: Path,
         *,
         settings: Mapping[str, Any],
-        after: int | None = None,
+        before: Sequence[Mapping[str, int | float]] | None = None,
         group: str | None = None,
     ) -> None:
         check_trackers(names)
         self._held: dict[str, _Tracker] = {}
+        after = None if before is None else int(before[-1]["step"]) if before else 0
         for name in names:
             try:
                 if name == "tensorboard":
                     self._held[name] = _TensorBoard(folder / _TENSORBOARD, after)
                 else:
-                    self._held[name] = _Wandb(folder, settings, after, group)
+                    self._held[name] = _Wandb(folder, settings, before, group)
             except Exception as err:
                 self.close()
                 raise ConfigError(
@@ -77,8 +78,7 @@ class Trackers:
 
     def log(self, line: Mapping[str, int | float]) -> None:
         """Send a line of metrics, by its step."""
-        values = {f"train/{name}": value for name, value in line.items() if name != "step"}
-        self._each("log", values, int(line["step"]))
+        self._each("log", _named(line), int(line["step"]))
 
     def figures(self, record: Mapping[str, Any], step: int) -> None:
         """Send the numbers among the figures on held-out text."""
@@ -121,40 +121,41 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, folder: Path, settings: Mapping[str, Any], after: int | None, group: str | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        before: Sequence[Mapping[str, int | float]] | None,
+        group: str | None,
+    ) -> None:
         import wandb
 
-        self._path = folder / _WANDB
-        # Kept beside the run: wandb takes no step twice, and does not say which it has.
-        known = json.loads(self._path.read_text(encoding="utf-8")) if after is not None and self._path.exists() else {}
-        self._id, self._last = str(known.get("id", uuid.uuid4().hex[:12])), int(known.get("step", 0))
+        path = folder / _WANDB
+        known = json.loads(path.read_text(encoding="utf-8")) if before is not None and path.exists() else {}
+        name = str(known.get("id", uuid.uuid4().hex[:12]))
+        write_json(path, {"id": name})
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
             name=folder.name,
             group=group,
-            id=self._id,
+            id=name,
             resume="allow",
             reinit="create_new",  # a sweep has several at once
             dir=str(folder),
             config=dict(settings),
             settings=wandb.Settings(console="off", silent=True),
         )
-        self._remember()
+        for line in before or ():
+            self.log(_named(line), int(line["step"]))
 
     def log(self, values: Mapping[str, int | float], step: int) -> None:
-        if step > self._last:
-            self._run.log(dict(values), step=step)
-            self._last = step
-            self._remember()
+        self._run.log(dict(values), step=step)
 
     def figures(self, values: Mapping[str, int | float], step: int) -> None:
         self._run.summary.update(dict(values))
 
     def close(self) -> None:
         self._run.finish()
-
-    def _remember(self) -> None:
-        write_json(self._path, {"id": self._id, "step": self._last})
 
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
@@ -172,6 +173,10 @@ def clear_trackers(folder: Path) -> None:
     """Remove what trackers know of an earlier run in a folder; what wandb has not sent yet stays in `wandb/`."""
     shutil.rmtree(folder / _TENSORBOARD, ignore_errors=True)
     (folder / _WANDB).unlink(missing_ok=True)
+
+
+def _named(line: Mapping[str, int | float]) -> dict[str, int | float]:
+    return {f"train/{name}": value for name, value in line.items() if name != "step"}
 
 
 def _said(err: Exception) -> str:

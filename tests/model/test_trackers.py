@@ -84,7 +84,8 @@ class FakeRun:
         self.held, self.summary = held, held["summary"]
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self.held["rows"].append((step, values))
+        if step > max([0, *(held for held, _ in self.held["rows"])]):
+            self.held["rows"].append((step, values))
 
     def finish(self) -> None:
         self.held["finished"] += 1
@@ -221,11 +222,15 @@ def test_tensorboard_has_the_lines_of_a_run_that_was_killed_and_resumed_once(
 
 
 def test_a_new_run_is_another_of_wandbs_and_one_that_goes_on_is_not(tmp_path: Path, wandb: Any) -> None:
-    for after_step, known in ((None, 1), (0, 1), (4, 1), (None, 2)):
-        if after_step is None:
+    line: dict[str, int | float] = {"step": 2, "fvu": 0.5}
+    before: list[dict[str, int | float]] | None
+    for before, known in ((None, 1), ([], 1), ([line], 1), (None, 2)):
+        if before is None:
             clear_trackers(tmp_path)
-        Trackers(("wandb",), tmp_path, settings={}, after=after_step).close()
+        Trackers(("wandb",), tmp_path, settings={}, before=before).close()
         assert len(wandb.runs) == known
+    # What wandb had not sent when it was killed comes again.
+    assert [run["rows"] for run in wandb.runs.values()] == [[(2, {"train/fvu": 0.5})], []]
     Trackers((), tmp_path, settings={}).log({"step": 1, "fvu": 0.5})
 
 
