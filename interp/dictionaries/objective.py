@@ -39,6 +39,15 @@ class Objective(Settings):
     prefixes: tuple[int, ...] = Field(
         default=(), description="Matryoshka: also reconstruct with the first so many latents alone, for each of these"
     )
+    init: Literal["random", "data", "subspace"] = Field(
+        default="random",
+        description="first directions of latents: random ones, of tokens, or random ones where activations lie",
+    )
+    init_rank: int | None = Field(
+        default=None,
+        gt=0,
+        description="dimensions of that subspace; by default as many as hold 99 % of the variance but for outliers'",
+    )
     k_start: int | None = Field(default=None, gt=0, description="TopK: k at the first step")
     k_warmup: float = Field(
         default=0.0, ge=0, le=1, description="share of the training over which k goes from k_start to k"
@@ -69,6 +78,12 @@ class Objective(Settings):
     def _prefixes_rise(self) -> "Objective":
         if any(low >= high for low, high in zip((0, *self.prefixes), self.prefixes, strict=False)):
             raise ValueError(f"prefixes {self.prefixes} must rise, from 1 at least")
+        return self
+
+    @model_validator(mode="after")
+    def _rank_is_of_a_subspace(self) -> "Objective":
+        if self.init_rank is not None and self.init != "subspace":
+            raise ValueError(f"init_rank is of init subspace, and init is {self.init}: leave it out, or set init")
         return self
 
     def terms(self, default: Terms) -> Terms:

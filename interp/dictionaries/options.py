@@ -55,12 +55,14 @@ class DictionaryOptions(Objective):
             (d_sae, k)
 
         Raises:
-            ConfigError: more active latents than there are.
+            ConfigError: more active latents than there are, or a subspace wider than the site.
         """
         d_sae = 8 * d_in if self.d_sae is None else self.d_sae
         k = min(32, max(1, d_in // 4), d_sae) if self.k is None else self.k
         if k > d_sae:
             raise ConfigError(f"dictionary.k is {k}, more than the {d_sae} latents that d_in {d_in} gives; set d_sae")
+        if self.init_rank is not None and self.init_rank > d_in:
+            raise ConfigError(f"dictionary.init_rank is {self.init_rank}, more than the {d_in} dimensions there are")
         return d_sae, k
 
     def make(self, d_in: int, d_out: int | None = None) -> "Dictionary":

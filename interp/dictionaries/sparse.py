@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from interp.core.errors import ConfigError, ShapeError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, DictionaryConfig, Losses
+from interp.dictionaries.initial import first_directions
 from interp.dictionaries.kernels import Codes, Entries, decode_codes
 from interp.dictionaries.objective import Objective, Terms
 from interp.dictionaries.select import Encoder, Score
@@ -205,12 +206,13 @@ class SparseDictionary(Dictionary):
     def init_from(
         self, x: Float[Tensor, "token d_in"], *, seed: int, target: Float[Tensor, "token d_out"] | None = None
     ) -> None:
-        """Set b_dec to the target's mean, W_dec to random unit rows, W_enc to the multiple of its transpose that fits.
+        """Set b_dec to the target's mean, W_dec to unit rows, W_enc to the multiple of its transpose that fits.
 
-        The multiple is the one with the smallest squared error on the sample: with y the first reconstruction less
-        b_dec, ⟨target − b_dec, y⟩ / ⟨y, y⟩. So training begins at an FVU of 1 at most; many latents that overlap would
-        else begin far above it. Of a transcoder, random unit columns of W_enc are drawn instead, W_dec's rows are what
-        the linear map that fits the sample best makes of them, and b_enc takes the input's mean out.
+        The rows are `first_directions`, by default random ones. The multiple is the one with the smallest squared error
+        on the sample: with y the first reconstruction less b_dec, ⟨target − b_dec, y⟩ / ⟨y, y⟩. So training begins at
+        an FVU of 1 at most; many latents that overlap would else begin far above it. Of a transcoder, unit columns of
+        W_enc are drawn instead, W_dec's rows are what the linear map that fits the sample best makes of them, and
+        b_enc takes the input's mean out.
 
         Source: Gao et al. 2024 (2406.04093), appendix A.1. Departure: least squares, where they match the norm.
         """
@@ -218,7 +220,7 @@ class SparseDictionary(Dictionary):
         for parameter in self._of_input():
             parameter.zero_()
         self.b_dec.copy_((x if target is None else target).double().mean(0))
-        rows = _unit_rows(self.cfg.d_sae, self.cfg.d_in, generator).to(self.W_enc)
+        rows = first_directions(x, self.cfg.d_sae, self.objective, generator).to(self.W_enc)
         self.W_enc.copy_(rows.T)
         if target is None:
             self.W_dec.copy_(rows)
@@ -357,8 +359,3 @@ def _linear_map(x: Tensor, y: Tensor) -> Tensor:
     ridge = 1e-6 * square.diagonal().mean().clamp_min(_TINY)
     found: Tensor = torch.linalg.solve(square + ridge * torch.eye(len(square), dtype=x.dtype, device=x.device), x.T @ y)
     return found
-
-
-def _unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
-    rows = torch.randn(n, d, generator=generator)
-    return rows / rows.norm(dim=-1, keepdim=True)

@@ -38,7 +38,8 @@ RESUME = "resume"
 _STATE, _TENSORS = "state.json", "state.safetensors"
 STEP_NAMES = r"step-\d+"  # a regular expression of what steps' folders are called
 _STEP = re.compile(r"step-(\d{8,})")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+# What else a state has by kind and parameter; all other kinds are the optimiser's.
+_OTHERS = ("weights", "average")
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,17 @@ def step_name(step: int) -> str:
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return Adam's moments and counts by kind and parameter; a parameter that no loss has reached has none.
+    """Return all that an optimiser keeps, by kind and parameter; a parameter that no loss has reached has nothing.
 
     Args:
-        optimizer: Adam or AdamW.
-        parameters: what it fits, by name.
+        optimizer: what it keeps of a parameter are tensors, such as Adam's moments, and whole numbers.
+        parameters: what it fits, by name; those that it does not fit are passed over.
     """
-    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
-    return {f"{kind}.{name}": state[kind] for name, state in states.items() for kind in _MOMENTS if kind in state}
+    found = {}
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            found[f"{kind}.{name}"] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.long)
+    return found
 
 
 def restore_moments(
@@ -177,11 +181,15 @@ def restore_moments(
         parameters: what it fits, by name.
         tensors: the moments, among others; each is moved to its parameter's device.
     """
-    for name, parameter in parameters.items():
-        kept = {kind: tensors[f"{kind}.{name}"] for kind in _MOMENTS if f"{kind}.{name}" in tensors}
-        if kept:
-            # Copies: what was read from a file is its memory map, and two trainings may go on from one state.
-            optimizer.state[parameter] = {k: v.to(parameter.device, copy=True) for k, v in kept.items()}
+    fitted = {p for group in optimizer.param_groups for p in group["params"]}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind in _OTHERS or (parameter := parameters.get(name)) is None or parameter not in fitted:
+            continue
+        # A count is the host's. Copies: what was read from a file is its memory map, and two trainings may go on from
+        # one state.
+        count = value.ndim == 0 and value.dtype == torch.long
+        optimizer.state[parameter][kind] = int(value) if count else value.to(parameter.device, copy=True)
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

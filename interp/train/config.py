@@ -10,6 +10,8 @@ from interp.core.errors import ConfigError
 from interp.core.settings import Settings, describe_faults
 from interp.core.site import Site
 from interp.dictionaries.options import DictionaryOptions, Kind
+from interp.train.optimizers import OptimizerName
+from interp.train.trackers import TrackerName
 
 __all__ = [
     "DictionaryOptions",
@@ -48,10 +50,27 @@ class TrainOptions(Settings):
     )
     batch_size: int = Field(default=2048, gt=0, description="tokens per step")
     buffer_tokens: int = Field(default=131_072, gt=0, description="tokens in the shuffling buffer")
-    lr: float | None = Field(default=None, gt=0, description="Adam's step size; by default 2e-4 / √(d_sae / 2^14)")
+    optimizer: OptimizerName = Field(
+        default="adam",
+        description="adam; muon (matrices by Muon, the rest by Adam); signsgd (the sign of a momentum: half of Adam's "
+        "state); adam8bit (moments in 8 bits; needs bitsandbytes)",
+    )
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="step size; by default 2e-4 / √(d_sae / 2^14), a third of that for signsgd, 2e-3 for muon",
+    )
     warmup: float = Field(default=0.02, ge=0, le=1, description="share of the tokens over which lr rises from 0")
     decay: float = Field(
         default=0.2, ge=0, le=1, description="share of the tokens, at the end, over which lr falls to 0"
+    )
+    schedule: Literal["linear", "cosine"] = Field(default="linear", description="how lr falls there")
+    ema: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="keep an average of the weights, of which this share stays at each step, such as 0.999; it is what "
+        "is measured and saved",
     )
     grad_clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     dead_after: int | None = Field(
@@ -70,6 +89,10 @@ class TrainOptions(Settings):
         "tokens; 0 saves one only when stopped",
     )
     deterministic: bool = Field(default=True, description="same seed, same bytes; slower on a GPU")
+    track: tuple[TrackerName, ...] = Field(
+        default=(),
+        description="where metrics and figures go besides metrics.jsonl: tensorboard (a folder in out), wandb",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainOptions":
@@ -77,6 +100,8 @@ class TrainOptions(Settings):
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are shares of one run: at most 1 together")
         if self.buffer_tokens < 2 * self.batch_size:
             raise ValueError(f"buffer_tokens is {self.buffer_tokens}; at least two batches of {self.batch_size}")
+        if len(set(self.track)) < len(self.track):
+            raise ValueError(f"track holds {self.track}: give each once")
         return self
 
     @property
@@ -144,7 +169,7 @@ class SweepOptions(Settings):
     d_sae: tuple[int, ...] = Field(default=(), description="numbers of latents")
     k: tuple[int, ...] = Field(default=(), description="numbers of latents that may be active per token")
     sparsity: tuple[float, ...] = Field(default=(), description="weights of the sparsity penalty")
-    lr: tuple[float, ...] = Field(default=(), description="Adam's step sizes")
+    lr: tuple[float, ...] = Field(default=(), description="step sizes")
     seed: tuple[int, ...] = Field(default=(), description="of the first weights; the order of the text is the seed's")
 
     @model_validator(mode="after")

@@ -13,11 +13,13 @@ from interp.data.remotefolder import RemoteFolder
 from interp.evaluate.dictionary import DictionaryEvaluation
 from interp.train.activations import CACHE, vector_site
 from interp.train.config import TrainConfig
+from interp.train.optimizers import check_optimizer, default_lr, state_bytes
 from interp.train.runfolder import SWEEP, RunFolder
 from interp.train.session import Session
 from interp.train.signals import StopSignals
 from interp.train.start import followed
-from interp.train.trainer import Training, default_lr
+from interp.train.trackers import check_trackers
+from interp.train.trainer import Training
 
 if TYPE_CHECKING:
     import pandas
@@ -41,8 +43,9 @@ class Plan:
         d_in: width of the site; this and the next three are those of the first dictionary.
         d_sae: latents.
         k: latents that may be active per token, where that is set.
-        lr: Adam's step size.
-        dictionary_bytes: weights, gradients, Adam's two moments, and one batch of pre-activations with its gradient.
+        lr: step size.
+        dictionary_bytes: weights, their average, gradients, the optimiser's state, and one batch of pre-activations
+            with its gradient.
         buffer_bytes: the shuffling buffer.
         model_bytes: the language model's weights.
         checkpoint_bytes: at most, what a state to resume from takes on disk; for a moment there are two.
@@ -148,6 +151,7 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
         InterpError: the model, sites, sizes or output folder do not do.
     """
     _check_folder(RunFolder(cfg.out), force=force, resume=resume)
+    _check_packages(cfg)
     table = sites_of(cfg.model)
     shapes = {site: row["shape"] for site, row in zip(table.sites, table.rows, strict=True)}
     if cfg.store_is_remote:
@@ -176,6 +180,7 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
     spare = cfg.text.rows * cfg.text.ctx * (size * width + 16) if waiting else 0
     assert first is not None
     d_sae, k = first.dictionary.d_sae or 0, first.dictionary.k or 0
+    held = 4 + state_bytes(options.optimizer) + (0 if options.ema is None else 4)
     return Plan(
         tokens=options.tokens,
         steps=options.steps,
@@ -185,11 +190,11 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
         d_in=widths[members[0].site],
         d_sae=d_sae,
         k=k,
-        lr=first.train.lr or default_lr(d_sae),
-        dictionary_bytes=16 * parameters + step,
+        lr=first.train.lr or default_lr(d_sae, options.optimizer),
+        dictionary_bytes=(held + 4) * parameters + step,
         buffer_bytes=buffer,
         model_bytes=weights * size,
-        checkpoint_bytes=12 * parameters + numbers + buffer + 16 * waiting + spare,
+        checkpoint_bytes=held * parameters + numbers + buffer + 16 * waiting + spare,
     )
 
 
@@ -260,6 +265,7 @@ def _run(
 ) -> SweepReport:
     folder, say = RunFolder(cfg.out), tell or (lambda message: None)
     _check_folder(folder, force=force, resume=resume)
+    _check_packages(cfg)
     phase = _Phase(say)
     with StopSignals(phase.stopping, save=phase.saving) as stop:
         session = Session(cfg, folder, stop)
@@ -276,6 +282,8 @@ def _run(
             with suppress(InterpError):
                 folder.provenance({**record, "status": "failed", "signal": stop.name})
             raise
+        finally:
+            session.close()
         status: Status = "stopped" if evaluations is None else "finished"
         members = {}
         for number, (member, training) in enumerate(zip(session.members, trainings, strict=True)):
@@ -339,3 +347,8 @@ def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
         folder.check_resume()
     else:
         folder.check(force=force or folder.holds_alone(CACHE))
+
+
+def _check_packages(cfg: TrainConfig) -> None:
+    check_optimizer(cfg.train.optimizer)
+    check_trackers(cfg.train.track)

@@ -8,6 +8,7 @@
     sweep.csv, sweep.html of a sweep, whose dictionaries have such folders of their own in it: all figures
     cfg.json, sae_weights.safetensors   the dictionary
     resume/               a state to resume from, until the run is finished
+    tensorboard/, wandb/, wandb.json    of trackers, where the settings ask for them
 
 `cfg.json`, without which nothing loads, is written last by the dictionary itself, and is the first to go when an old
 run is replaced or resumed: so a folder that was not finished does not look whole.
@@ -233,6 +234,11 @@ class RunFolder:
         """The size of the metrics so far."""
         return _size(self.path / METRICS)
 
+    def lines(self) -> list[dict[str, int | float]]:
+        """The lines that were logged, with how fast it went."""
+        speeds = {line["step"]: line for line in _read_lines(self.path / SPEED)}
+        return [{**line, **speeds.get(line["step"], {})} for line in _read_lines(self.path / METRICS)]
+
     def _finished(self) -> bool:
         try:
             record = json.loads((self.path / _PROVENANCE).read_text(encoding="utf-8"))
@@ -298,3 +304,7 @@ def forget_after(path: Path, step: int) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _read_lines(path: Path) -> list[dict[str, int | float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

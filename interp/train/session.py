@@ -24,6 +24,7 @@ from interp.train.downstream import RowBatches
 from interp.train.runfolder import RunFolder
 from interp.train.signals import StopSignals
 from interp.train.start import followed, started
+from interp.train.trackers import Trackers, clear_trackers
 from interp.train.trainer import DictionaryFit, Training, run_fits
 
 __all__ = ["Member", "Session"]
@@ -56,11 +57,27 @@ class Member:
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
         shown, again = f"{name} {shown}".strip(), self.start is not None
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=shown, trained=again)
+        self.trackers: Trackers | None = None
 
     @property
     def sites(self) -> list[Site]:
         """What it reads, and what it reconstructs."""
         return [self.site] if self.target is None else [self.site, self.target]
+
+    def track(self, *, resumed: bool) -> None:
+        """Begin to send metrics to trackers, or go on after the last line that an earlier part of the run has left."""
+        folder, settings = self.folder.path, self.cfg.model_dump(mode="json")
+        if not resumed:
+            clear_trackers(folder)
+        before = self.folder.lines() if resumed else None
+        group = folder.parent.name if self.name else None
+        self.trackers = Trackers(self.cfg.train.track, folder, settings=settings, before=before, group=group)
+
+    def log(self, line: dict[str, int | float]) -> None:
+        """Write a line of metrics, and send it to trackers."""
+        self.folder.log(line)
+        if self.trackers is not None:
+            self.trackers.log(line)
 
     def record(self) -> dict[str, Any]:
         """Where its fit stands, as plain JSON."""
@@ -102,6 +119,8 @@ class Member:
         of_training = f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
         text = cfg.evaluation.data or of_training
         self.folder.evaluation({**evaluation.scalars(), "text": text, "special_tokens": "left out"})
+        if self.trackers is not None:
+            self.trackers.figures(evaluation.scalars(), self.fit.steps)
         return evaluation
 
     def _notes(self, training: Training) -> dict[str, Any]:
@@ -173,7 +192,15 @@ class Session:
         self.folder.begin(self._state(), self.cfg.to_yaml(), force=force)
         for member in self._own():
             member.folder.begin_in(member.cfg.to_yaml())
+        for member in self.members:
+            member.track(resumed=False)
         return 0
+
+    def close(self) -> None:
+        """Let what was sent to trackers arrive."""
+        for member in self.members:
+            if member.trackers is not None:
+                member.trackers.close()
 
     def remove_cache(self) -> None:
         """Remove the store's cache, if it is this run's own."""
@@ -206,6 +233,8 @@ class Session:
             for member in self.members:
                 member.restore(saved)
         self.stream = self._restored(record["stream"] if record["step"] else {}, saved)
+        for member in self.members:
+            member.track(resumed=True)
         return int(record["step"])
 
     def train(self, progress: bool) -> list[Training]:
@@ -213,7 +242,7 @@ class Session:
         run_fits(
             [member.fit for member in self.members],
             self._batches(),
-            [member.folder.log for member in self.members],
+            [member.log for member in self.members],
             save=lambda: self.folder.save_state(self._state()),
             save_wanted=self.stop.save_wanted,
             should_stop=self.stop,
@@ -309,7 +338,12 @@ class Session:
 
 def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
-    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
+    free: Any = {
+        "out": True,
+        "device": True,
+        "evaluation": {"tokens", "pca_rank"},
+        "train": {"checkpoint_every", "track"},
+    }
     free |= {"store_cache": True, "store_cache_bytes": True}
     free |= {} if cfg.start else {"start": True}
     free |= {} if cfg.downstream.loss != "none" else {"downstream": True}

@@ -1,5 +1,6 @@
 """The loop that fits a dictionary to batches of activations, and all that its next step depends on."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from tqdm import tqdm
 from interp.core.errors import ConfigError, DataError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, Losses
-from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
+from interp.train.average import WeightAverage
+from interp.train.checkpoint import random_states, restore_random_states
 from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
+from interp.train.optimizers import default_lr, make_stepper
 from interp.train.start import bring_to_norm
 
 __all__ = [
@@ -63,14 +66,6 @@ class Training:
         return (self.tokens - self.resumed_at) / max(self.seconds, 1e-9)
 
 
-def default_lr(d_sae: int) -> float:
-    """Adam's step size for a dictionary of `d_sae` latents: 2e-4 / √(d_sae / 2^14).
-
-    Source: Gao et al. 2024 (2406.04093), appendix A.3, which finds 1/√n; the constant is the one in common use.
-    """
-    return 2e-4 / (d_sae / 2**14) ** 0.5
-
-
 def train_dictionary(
     batches: Iterable[Batch],
     dictionary: Dictionary,
@@ -102,9 +97,12 @@ def train_dictionary(
         Steps, tokens, scale and the last metrics; the dictionary itself is changed in place.
 
     Raises:
+        ConfigError: the optimiser is not there, or `options.track` is set: there is no run folder to track.
         DataError: no batch came.
         TrainingError: the loss is not finite; the message names the step and the site.
     """
+    if options.track:
+        raise ConfigError(f"track is {options.track}, which train_job knows of; here log is called with each line")
     fit = DictionaryFit(dictionary, options, seed=seed, name=name)
     fit.run(batches, log=log, should_stop=should_stop, progress=progress)
     return fit.finish()
@@ -128,8 +126,9 @@ class DictionaryFit:
         self.seed, self.name, self.trained = seed, name, trained
         self.device = dictionary.W_enc.device
         d_sae = dictionary.cfg.d_sae
-        self.lr = default_lr(d_sae) if options.lr is None else options.lr
-        self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=self.lr, fused=True)
+        self.lr = default_lr(d_sae, options.optimizer) if options.lr is None else options.lr
+        self.optimizer = make_stepper(dictionary, options.optimizer, lr=self.lr)
+        self.average = None if options.ema is None else WeightAverage(options.ema)
         self.steps, self.tokens, self.lr_now = 0, 0, 0.0
         self.scale = self.target_scale = 1.0
         self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
@@ -189,7 +188,9 @@ class DictionaryFit:
         run_fits([self], together, logs, save=save, save_wanted=save_wanted, should_stop=should_stop, progress=progress)
 
     def finish(self) -> Training:
-        """Fold the input scale and say what the fit came to; after it, the dictionary is of raw activations."""
+        """Say what the fit came to; the dictionary is then the average, if one is kept, and of raw activations."""
+        if self.average is not None:
+            self.average.give(self.dictionary)
         self.dictionary.fold_scale(self.scale, self.target_scale)
         self.dictionary.eval().requires_grad_(False)
         return Training(
@@ -210,12 +211,13 @@ class DictionaryFit:
         return {**found, "beyond": self.beyond} if self.beyond else found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return, on the CPU and by name, unfolded weights, moments, sums and random states.
+        """Return, on the CPU and by name, unfolded weights, their average, moments, sums and random states.
 
-        They take 12 bytes a parameter and 8 a latent.
+        With Adam and no average they take 12 bytes a parameter and 8 a latent.
         """
         found = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
-        found |= moments(self.optimizer, dict(self.dictionary.named_parameters())) | random_states(self.device)
+        found |= self.optimizer.tensors(dict(self.dictionary.named_parameters())) | random_states(self.device)
+        found |= {} if self.average is None else self.average.tensors()
         found |= {"sums": self.sums, "last_fired": self.last_fired}
         found |= {"beyond_sum": self.beyond_sum} if self.beyond else {}
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}
@@ -229,7 +231,9 @@ class DictionaryFit:
         self.resumed_at = self.marked_tokens = self.tokens
         for name, value in self.dictionary.state_dict().items():
             value.copy_(tensors[f"weights.{name}"])
-        restore_moments(self.optimizer, dict(self.dictionary.named_parameters()), tensors)
+        self.optimizer.restore(dict(self.dictionary.named_parameters()), tensors)
+        if self.average is not None:
+            self.average.restore(self.dictionary, tensors)
         self.sums.copy_(tensors["sums"])
         self.last_fired.copy_(tensors["last_fired"])
         if beyond := str(record.get("beyond", "")):
@@ -300,11 +304,10 @@ class DictionaryFit:
         self.dictionary.before_step()
         torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.options.grad_clip)
         self.lr_now = self.lr * self._schedule()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_now
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step(self.lr_now)
         self.dictionary.after_step()
+        if self.average is not None:
+            self.average.update(self.dictionary, self.steps)
         self._count(losses, len(x))
         if beyond is not None:
             self._count_beyond(beyond.name, losses)
@@ -369,6 +372,8 @@ class DictionaryFit:
         # Half a batch in: neither the first nor the last step is lost to a factor of 0.
         up = (done + 0.5 * self.options.batch_size / self.options.tokens) / max(self.options.warmup, 1e-12)
         down = (1 - done) / max(self.options.decay, 1e-12)
+        if self.options.schedule == "cosine":
+            down = (1 - math.cos(math.pi * min(max(down, 0.0), 1.0))) / 2
         return max(min(1.0, up, down), 0.0)
 
     @torch.no_grad()
