@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import ConfigError, ShapeError
 from interp.data.store import Batch
+from interp.dictionaries.across import ALONE, Across
 from interp.dictionaries.base import Dictionary, DictionaryConfig, Losses
 from interp.dictionaries.kernels import Codes, Entries, decode_codes
 from interp.dictionaries.objective import Objective, Terms
@@ -23,6 +24,7 @@ _TINY = 1e-12
 # Up to this many times k_aux dead latents, products over all of them cost less than a gather per entry.
 _FEW = 3
 _ROWS = 256
+_DRAWN = 4096  # rows drawn at a time; torch draws normal numbers in sixteens, of which only the last may be cut
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class SparseDictionary(Dictionary):
         super().__init__(cfg)
         self.objective = objective or Objective()
         self.terms = self.objective.terms(self.defaults)
+        self.across = ALONE
         widest = max(self.objective.prefixes, default=0)
         if widest >= cfg.d_sae:
             raise ConfigError(f"prefixes go up to {widest}; each must be below d_sae, which is {cfg.d_sae}")
@@ -136,6 +139,32 @@ class SparseDictionary(Dictionary):
 
     # -- training -------------------------------------------------------------------------------------------------
 
+    def check_split(self, tokens: int, latents: int) -> None:
+        """Refuse to be trained by processes that it cannot be split among.
+
+        Args:
+            tokens: among how many a batch's tokens are.
+            latents: among how many the latents are.
+
+        Raises:
+            ConfigError: says why.
+        """
+        if self.cfg.d_sae % latents:
+            raise ConfigError(f"{self.cfg.d_sae} latents in {latents} shards: d_sae must be a multiple of train.shards")
+
+    def join(self, across: Across) -> None:
+        """Be trained by several processes from here on; of its latents, only those of this process stay.
+
+        Before the first step `init_from` or a saved state must give it weights. What evaluates or saves it wants the
+        whole: `interp.train.trainer.DictionaryFit.whole`.
+
+        Raises:
+            ConfigError: as for `check_split`.
+        """
+        self.check_split(across.tokens.size, across.latents.size)
+        across.take(self)
+        self.across = across
+
     def at(self, done: float) -> None:
         """Be told which share of the training is done, before each step."""
         self.warm = min(1.0, done / self.objective.sparsity_warmup) if self.objective.sparsity_warmup > 0 else 1.0
@@ -146,27 +175,31 @@ class SparseDictionary(Dictionary):
         Args:
             batch: activations; `mask`, where given, leaves rows out (a GPU then waits for their number).
             dead: latents that AuxK trains on the error; None for none.
+
+        Returns:
+            The loss; of several processes `total` is this one's share of it, all else is of all tokens.
         """
+        across = self.across
         batch = _without_masked(batch)
         x = self._check_input(batch.x)
-        target = self._target(batch, x)
+        target, n_tokens = self._target(batch, x), across.count(len(x))
         # Counted on a CPU alone: a GPU would have to wait.
-        count = int(dead.sum()) if dead is not None and dead.device.type == "cpu" else None
+        count = across.latents.count(int(dead.sum())) if dead is not None and dead.device.type == "cpu" else None
         dead = None if count == 0 else dead
         few = count is not None and count <= _FEW * self.k_aux
         with_aux = dead is not None and self.terms.aux_coef > 0
         activity = self._activity(x, batch, dead if with_aux and not few else None)
-        rest = target - self.b_dec - self._skipped(x)
-        variance = (target - target.mean(0)).pow(2).sum().clamp_min(_TINY) if len(x) else x.new_ones(())
+        rest = across.alike(target - self.b_dec - self._skipped(x))
+        variance = self._variance(target, n_tokens)
         errors: list[Tensor] = []
-        for band in activity.bands(self.W_dec, self.objective.prefixes):
-            errors.append((errors[-1] if errors else rest) - band)
+        for band in activity.bands(self.W_dec, self._widths()):
+            errors.append((errors[-1] if errors else rest) - across.over_latents(band))
         squares = torch.stack([error.pow(2).sum() for error in errors])
-        fvu = (squares[-1] / variance).detach()
-        total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, len(x)))
-        none = torch.zeros_like(fvu)
-        penalty, aux = self._penalty(activity, len(x)), none
+        total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, n_tokens))
+        none = torch.zeros_like(variance)
+        penalty, aux = self._penalty(activity, n_tokens), none
         if penalty is not None:
+            penalty = across.over_latents(penalty)
             total = total + self.warm * self.terms.sparsity * penalty
         if (extra := self._extra(activity, x, target, dead)) is not None:
             total = total + extra
@@ -176,18 +209,32 @@ class SparseDictionary(Dictionary):
                 if activity.dead is None
                 else self._dead_by_entries(activity.dead)
             )
-            aux = _aux(guess, errors[-1].detach(), dead)
-            scale = 1.0 if self.terms.loss == "fvu" else variance / max(1, len(x))
+            aux = _aux(across.over_latents(guess), errors[-1].detach(), dead, across)
+            scale = 1.0 if self.terms.loss == "fvu" else variance / max(1, n_tokens)
             total = total + self.terms.aux_coef * scale * aux
-        fired = activity.fired(self.cfg.d_sae)
+        fired = across.tokens.sum(activity.fired(self.W_enc.shape[1]))
+        missed, aux, penalty = across.over_tokens(squares[-1], aux, none if penalty is None else penalty)
         return Losses(
             total=total,
-            fvu=fvu,
-            aux=aux.detach(),
-            penalty=none if penalty is None else penalty.detach(),
-            l0=fired.sum() / max(1, len(x)),
+            fvu=(missed / variance).detach(),
+            aux=aux,
+            penalty=penalty,
+            l0=across.latents.sum(fired.sum()) / max(1, n_tokens),
             fired=fired,
         )
+
+    def _variance(self, target: Tensor, n_tokens: int) -> Tensor:
+        """Summed over tokens and dimensions."""
+        if n_tokens == 0:
+            return target.new_ones(())
+        tokens = self.across.tokens
+        mean = target.mean(0) if tokens.size == 1 else tokens.sum(target.sum(0)) / n_tokens
+        return tokens.sum((target - mean).pow(2).sum()).clamp_min(_TINY)
+
+    def _widths(self) -> list[int]:
+        """The prefixes, counted from the first latent that is here."""
+        mine = self.across.place(self.cfg.d_sae)
+        return [min(max(width - mine.start, 0), mine.stop - mine.start) for width in self.objective.prefixes]
 
     @property
     def k_aux(self) -> int:
@@ -212,7 +259,7 @@ class SparseDictionary(Dictionary):
         for parameter in self._of_input():
             parameter.zero_()
         self.b_dec.copy_((x if target is None else target).double().mean(0))
-        rows = _unit_rows(self.cfg.d_sae, self.cfg.d_in, generator).to(self.W_enc)
+        rows = _unit_rows(self.cfg.d_sae, self.cfg.d_in, generator, self.across.place(self.cfg.d_sae)).to(self.W_enc)
         self.W_enc.copy_(rows.T)
         if target is None:
             self.W_dec.copy_(rows)
@@ -225,7 +272,7 @@ class SparseDictionary(Dictionary):
             self.W_skip.zero_()
         self._begin()
         x, goal = self._check_input(x), x if target is None else target
-        y = self._activity(x, Batch(x), None).decoded(self.W_dec).double()
+        y = self.across.over_latents(self._activity(x, Batch(x), None).decoded(self.W_dec)).double()
         power = y.pow(2).sum()
         # Of what is constant nothing is left to fit.
         fit = ((goal.to(y) - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
@@ -283,7 +330,9 @@ class SparseDictionary(Dictionary):
         return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def _encoder(self, *, score: Score | None = None, dead: Tensor | None = None) -> Encoder:
-        return Encoder(self.W_enc, self._bias, self._centre, score=score, dead=dead, k_dead=self.k_aux)
+        return Encoder(
+            self.W_enc, self._bias, self._centre, score=score, dead=dead, k_dead=self.k_aux, across=self.across
+        )
 
     @property
     def _centre(self) -> Tensor | None:
@@ -315,9 +364,13 @@ class SparseDictionary(Dictionary):
         W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
         centre = self._centre
         pre = (x if centre is None else x - centre) @ W_enc + self._bias.index_select(0, latents)
-        if len(latents) > self.k_aux:
-            best = self._importance(pre.detach(), W_dec.detach(), batch).topk(self.k_aux, dim=-1, sorted=False).indices
-            pre = torch.zeros_like(pre).scatter(-1, best, pre.gather(-1, best))
+        if self.across.latents.count(len(latents)) > self.k_aux:
+            score = self._importance(pre.detach(), W_dec.detach(), batch)
+            score, best = score.topk(min(self.k_aux, len(latents)), dim=-1, sorted=False)
+            kept = pre.gather(-1, best)
+            if self.across.latents.size > 1:
+                kept = kept.masked_fill(~self.across.best(score, self.k_aux), 0)
+            pre = torch.zeros_like(pre).scatter(-1, best, kept)
         return revived(pre) @ W_dec
 
     def _importance(self, pre: Tensor, W_dec: Tensor, batch: Batch) -> Tensor:
@@ -330,11 +383,11 @@ def revived(pre: Tensor) -> Tensor:
     return pre + (pre.relu() - pre).detach()
 
 
-def _aux(guess: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+def _aux(guess: Tensor, error: Tensor, dead: Tensor, across: Across) -> Tensor:
     """The error's share that a guess of it misses; 0 when no latent is dead."""
-    share = (error - guess).pow(2).sum() / error.pow(2).sum().clamp_min(_TINY)
+    share = (error - guess).pow(2).sum() / across.tokens.sum(error.pow(2).sum()).clamp_min(_TINY)
     # A cut-off instead of a branch: asking the host whether any is dead would make a GPU wait.
-    return torch.where(dead.any() & share.isfinite(), share, torch.zeros_like(share))
+    return torch.where(across.any_latent(dead) & share.isfinite(), share, torch.zeros_like(share))
 
 
 def _without_masked(batch: Batch) -> Batch:
@@ -353,6 +406,16 @@ def _linear_map(x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-def _unit_rows(n: int, d: int, generator: torch.Generator) -> Tensor:
-    rows = torch.randn(n, d, generator=generator)
+def _unit_rows(n: int, d: int, generator: torch.Generator, place: slice) -> Tensor:
+    """Some of n random rows of norm 1: the same whichever are wanted, and never all of them at once."""
+    rows = torch.empty(place.stop - place.start, d)
+    for low in range(0, n, _DRAWN):
+        # A block of so many rows, or a last one of at most twice as many, is drawn as it would be among all.
+        if n - low < _DRAWN and low > 0:
+            break
+        high = n if n - low < 2 * _DRAWN else low + _DRAWN
+        drawn = torch.randn(high - low, d, generator=generator)
+        first, last = max(low, place.start), min(high, place.stop)
+        if first < last:
+            rows[first - place.start : last - place.start] = drawn[first - low : last - low]
     return rows / rows.norm(dim=-1, keepdim=True)
