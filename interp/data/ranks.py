@@ -43,6 +43,16 @@ class Ranks:
         """Return the sum of all processes' numbers."""
         return n if self.size == 1 else int(self.sum(torch.tensor(n)))
 
+    def most(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Return the largest of all processes' numbers, element by element."""
+        if self.size == 1:
+            return x
+        import torch.distributed as dist
+
+        found = x.detach().clone()
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return found
+
     def gather(self, x: Shaped[Tensor, "..."]) -> list[Shaped[Tensor, "..."]]:
         """Return each process' tensor, without gradients; they may differ in the length of their first axis."""
         if self.size == 1:
@@ -87,7 +97,7 @@ class Ranks:
         """What torch.distributed calls one of them."""
         import torch.distributed as dist
 
-        return dist.get_global_rank(dist.group.WORLD if self.group is None else self.group, rank)
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
 ONE = Ranks()

@@ -1,6 +1,7 @@
 """Activations streamed from a model through a shuffling buffer, without a disk."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,22 +87,43 @@ class StreamedActivations(ActivationStore):
         while True:
             blocks = Ahead(self.tokens.blocks(cursor), _AHEAD)
             try:
-                for block in blocks:
-                    keep = (block.mask & ~block.special).flatten().nonzero().flatten()
-                    if len(keep):
-                        again = self.repeat
-                        yield self._capture(block, keep), block.cursor
+                kept = ((block, keep) for block in blocks if len(keep := _counted(block)))
+                for found in self._in_turns(kept):
+                    again = self.repeat
+                    yield found
             finally:
                 blocks.close()
             if not again:
                 return
             again, cursor = False, None
 
+    def _in_turns(self, blocks: Iterator[tuple[TokenBlock, Tensor]]) -> Iterator[tuple["Rows", Cursor]]:
+        """The rows of each block, in order; of several processes each runs the model on its own blocks."""
+        ranks = self.ranks
+        while some := list(islice(blocks, ranks.size)):
+            # Where the text ends before each has one, the others run the last one for nothing.
+            mine = self._capture(*some[min(ranks.rank, len(some) - 1)])
+            for turn, (block, keep) in enumerate(some):
+                rows = mine if turn == ranks.rank else self._room(mine, block, keep)
+                if ranks.size > 1:
+                    for value in rows.values:
+                        ranks.give(value.view(torch.uint8), turn)  # bytes, which every channel takes
+                yield rows, block.cursor
+
+    def _room(self, like: Rows, block: TokenBlock, keep: Int[Tensor, "token"]) -> "Rows":
+        values = [value.new_empty(len(keep), value.shape[1]) for value in like.values]
+        return Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
+
     def _capture(self, block: TokenBlock, keep: Int[Tensor, "token"]) -> "Rows":
         run = self.hm.run(block.inputs, read=self.sites, logits="none")
         read = [run[site.name].flatten(0, 1) for site in self.sites]  # each on the device of its layer
         values = [x.index_select(0, keep.to(x.device)).flatten(1).to(self.hm.device) for x in read]
         return Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
+
+
+def _counted(block: TokenBlock) -> Int[Tensor, "token"]:
+    """Which tokens of a block, row after row, are none that was added."""
+    return (block.mask & ~block.special).flatten().nonzero().flatten()
 
 
 class _Shuffled(Iterator[Rows]):
@@ -129,7 +151,7 @@ class _Shuffled(Iterator[Rows]):
             raise StopIteration
         index = self.order[self.served : self.served + self.store.batch_size]
         self.served += len(index)
-        return self.buffer.gather(index)
+        return self.buffer.gather(self.store.mine(index))
 
     def _fill(self) -> None:
         """Fill the free slots and draw what is served next; changes nothing when it is asked to stop on the way."""

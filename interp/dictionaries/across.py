@@ -6,12 +6,12 @@ whole of it and the gradients of its own latents. What all processes of one batc
 counts with 1 / shards in each. So every gradient is a plain sum.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from interp.data.ranks import ONE, Ranks
@@ -124,9 +124,8 @@ class Across:
         each = d_sae // self.latents.size
         return slice(self.latents.rank * each, (self.latents.rank + 1) * each)
 
-    def part(self, name: str, whole: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """What this process holds of a dictionary's tensor, or of one of the same latents: a view."""
-        axis = latent_axis(name)
+    def part(self, axis: int | None, whole: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """What this process holds of a tensor that has all latents along an axis, or along none: a view."""
         if self.latents.size == 1 or axis is None:
             return whole
         mine = self.place(whole.shape[axis])
@@ -137,19 +136,19 @@ class Across:
         """Leave of a whole dictionary, in place, what this process holds of it."""
         if self.latents.size > 1:
             for name, value in [*dictionary.named_parameters(), *dictionary.named_buffers()]:
-                value.data = self.part(name, value.data).clone(memory_format=torch.contiguous_format)
+                mine = self.part(latent_axis(name), value.data)
+                value.data = mine.clone(memory_format=torch.contiguous_format)
 
-    def whole(self, tensors: Mapping[str, tuple[str, Tensor]]) -> dict[str, Tensor] | None:
+    def whole(self, tensors: Mapping[str, tuple[int | None, Tensor]]) -> dict[str, Tensor] | None:
         """Bring tensors together in the first process, on the CPU and one at a time; None in the others.
 
         Args:
-            tensors: by any name, each with the name of the dictionary's tensor whose latents it has.
+            tensors: by any name, each with the axis along which it has latents, None for one that all hold alike.
         """
         if self.tokens.rank > 0:
             return None  # its latents are those of a process that sees the first tokens
         found = {}
-        for key, (name, value) in tensors.items():
-            axis = latent_axis(name)
+        for key, (axis, value) in tensors.items():
             if axis is None or self.latents.size == 1:
                 found[key] = value.detach().cpu().contiguous()
             elif (parts := self.latents.gather_on_first(value)) is not None:

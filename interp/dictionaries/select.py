@@ -188,7 +188,8 @@ def encode_batch_topk(
     encoder.check(x)
     across, most = encoder.across, encoder.across.every.count(len(x) * encoder.d_sae)
     if not 0 <= n <= most:
-        raise ConfigError(f"{n} entries are to be chosen among {most} of all tokens and latents; lower k")
+        tokens = most // encoder.latents
+        raise ConfigError(f"{n} entries are to be chosen among {tokens} tokens × {encoder.latents} latents; lower k")
     filtered = floor is not None and x.device.type == "cpu"
     revived = _Revived(encoder)
     with torch.no_grad():

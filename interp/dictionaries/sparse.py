@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import ConfigError, ShapeError
 from interp.data.store import Batch
-from interp.dictionaries.across import ALONE, Across
+from interp.dictionaries.across import Across
 from interp.dictionaries.base import Dictionary, DictionaryConfig, Losses
 from interp.dictionaries.kernels import Codes, Entries, decode_codes
 from interp.dictionaries.objective import Objective, Terms
@@ -104,7 +104,6 @@ class SparseDictionary(Dictionary):
         super().__init__(cfg)
         self.objective = objective or Objective()
         self.terms = self.objective.terms(self.defaults)
-        self.across = ALONE
         widest = max(self.objective.prefixes, default=0)
         if widest >= cfg.d_sae:
             raise ConfigError(f"prefixes go up to {widest}; each must be below d_sae, which is {cfg.d_sae}")
@@ -138,32 +137,6 @@ class SparseDictionary(Dictionary):
         return self.b_enc
 
     # -- training -------------------------------------------------------------------------------------------------
-
-    def check_split(self, tokens: int, latents: int) -> None:
-        """Refuse to be trained by processes that it cannot be split among.
-
-        Args:
-            tokens: among how many a batch's tokens are.
-            latents: among how many the latents are.
-
-        Raises:
-            ConfigError: says why.
-        """
-        if self.cfg.d_sae % latents:
-            raise ConfigError(f"{self.cfg.d_sae} latents in {latents} shards: d_sae must be a multiple of train.shards")
-
-    def join(self, across: Across) -> None:
-        """Be trained by several processes from here on; of its latents, only those of this process stay.
-
-        Before the first step `init_from` or a saved state must give it weights. What evaluates or saves it wants the
-        whole: `interp.train.trainer.DictionaryFit.whole`.
-
-        Raises:
-            ConfigError: as for `check_split`.
-        """
-        self.check_split(across.tokens.size, across.latents.size)
-        across.take(self)
-        self.across = across
 
     def at(self, done: float) -> None:
         """Be told which share of the training is done, before each step."""

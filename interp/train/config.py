@@ -69,6 +69,12 @@ class TrainOptions(Settings):
         "tokens; 0 saves one only when stopped",
     )
     deterministic: bool = Field(default=True, description="same seed, same bytes; slower on a GPU")
+    shards: int = Field(
+        default=1,
+        gt=0,
+        description="processes of torchrun that hold one dictionary together, each so many of its latents; of several "
+        "such groups, as of several processes with 1, each takes its part of every batch",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainOptions":

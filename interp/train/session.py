@@ -15,14 +15,16 @@ from interp.core.site import Site
 from interp.data.remote import RemoteStore
 from interp.data.store import Batch, BatchStream, StreamState
 from interp.data.tune import refuse_long_rows
+from interp.dictionaries.across import ALONE
+from interp.dictionaries.base import Dictionary
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.activations import check_store, open_store, tokens_of, vector_site
 from interp.train.checkpoint import SavedState
 from interp.train.config import TrainConfig
 from interp.train.runfolder import RunFolder
-from interp.train.signals import StopSignals
 from interp.train.trainer import DictionaryFit, Training, run_fits
+from interp.train.world import Agreed, World, gathered
 
 __all__ = ["Member", "Session"]
 
@@ -37,10 +39,11 @@ class Member:
         name: of it among the others; "" where it is alone.
         hm: the manager of the model.
         folder: its run folder.
+        world: the processes that train it.
     """
 
-    def __init__(self, cfg: TrainConfig, name: str, hm: HookManager, folder: RunFolder) -> None:
-        self.name, self.hm, self.folder = name, hm, folder
+    def __init__(self, cfg: TrainConfig, name: str, hm: HookManager, folder: RunFolder, world: World) -> None:
+        self.name, self.hm, self.folder, self.world = name, hm, folder, world
         shapes = {s: hm.atlas.shape(s) for s in hm.sites().sites}
         self.site, d_in = vector_site(cfg.site, shapes)
         self.target: Site | None = None
@@ -48,7 +51,9 @@ class Member:
         if cfg.target is not None:
             self.target, d_out = vector_site(cfg.target, shapes)
         self.cfg = cfg.sized(d_in)
-        self.dictionary = self.cfg.dictionary.make(d_in, d_out).to(hm.device)
+        self.dictionary = self.cfg.dictionary.make(d_in, d_out)
+        self.dictionary.join(world.across)  # before it is on the device, which may not hold the whole
+        self.dictionary = self.dictionary.to(hm.device)
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=f"{name} {shown}".strip())
 
@@ -75,15 +80,34 @@ class Member:
     def finish(self) -> Training:
         """Fold what training scaled, and write the dictionary as far as it was trained."""
         training = self.fit.finish()
-        self.dictionary = self.dictionary.frozen()
-        if training.steps:
-            with self.folder.writing():
-                self.dictionary.save(self.folder.path, notes=self._notes(training))
+        whole = self._whole()
+        if whole is not None:
+            self.dictionary = whole.frozen()
+            if training.steps:
+                with self.folder.writing():
+                    self.dictionary.save(self.folder.path, notes=self._notes(training))
         return training
+
+    def _whole(self) -> Dictionary | None:
+        """What was trained, in the first process; None in the others."""
+        shards = self.world.across.latents.size
+        parts = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
+        tensors = gathered(self.world.across, parts) if shards > 1 else {}
+        if not self.world.first:
+            return None
+        if shards == 1:
+            self.dictionary.across = ALONE
+            return self.dictionary
+        made = self.cfg.dictionary.make(self.dictionary.cfg.d_in, self.dictionary.d_out)
+        made.load_state_dict({name.removeprefix("weights."): value for name, value in tensors.items()})
+        # On the CPU: it was split because a device may not hold it.
+        return made.eval().requires_grad_(False)
 
     def measured(self, pca: PCA | None, stop: Callable[[], bool]) -> DictionaryEvaluation:
         """Measure on held-out text; KeyboardInterrupt where it is to stop before the end."""
         cfg = self.cfg
+        if self.dictionary.W_enc.device != self.hm.device and _fits(self.dictionary, self.hm.device):
+            self.dictionary = self.dictionary.to(self.hm.device)
         evaluation = evaluate_dictionary(
             self.hm,
             self.dictionary,
@@ -126,13 +150,15 @@ class Session:
         cfg: the configuration.
         folder: the run folder; a sweep's dictionaries have their own in it.
         stop: what signals have asked for.
+        world: the processes that train; every one of them has such a session.
     """
 
-    def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: StopSignals) -> None:
-        self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
-        self.folder, self.stop = folder, stop
+    def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: Agreed, world: World) -> None:
+        self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=world.device(cfg.device))
+        self.folder, self.stop, self.world = folder, stop, world
         self.members = [
-            Member(one, name, self.hm, RunFolder(one.out) if name else folder) for name, one in cfg.members().items()
+            Member(one, name, self.hm, world.folder(one.out) if name else folder, world)
+            for name, one in cfg.members().items()
         ]
         self.cfg = cfg if cfg.sweep.any else self.members[0].cfg
         self.sites = list(dict.fromkeys(site for member in self.members for site in member.sites))
@@ -145,7 +171,7 @@ class Session:
         next(tokens_of(cfg, self.hm, "held_out").blocks())
         self.settings = _settings(self.cfg, self.hm, digest(first.ids, first.special))
         # Last: the cache of a store at a URL is made here, and its first shards are fetched with the first stream.
-        self.store = open_store(self.cfg, self.hm, self.sites)
+        self.store = open_store(self.cfg, self.hm, self.sites, world.across)
         self.stream: BatchStream  # of `begin` or `go_on`
 
     @property
@@ -165,7 +191,8 @@ class Session:
         """Remove the store's cache, if it is this run's own."""
         if isinstance(self.store, RemoteStore) and self.cfg.store_cache is None:
             del self.stream  # with what it reads ahead
-            self.store.remove_cache()
+            if self.world.first:
+                self.store.remove_cache()
 
     def go_on(self, say: Callable[[str], None]) -> int:
         """Take everything back to how it was at the saved state; gives its step.
@@ -182,7 +209,7 @@ class Session:
                 f"the run in {self.folder.path} was begun with other settings: {'; '.join(others)}. Resume with those "
                 "it was begun with, or begin anew in another folder"
             )
-        if changed := list(differences(record["versions"], _versions(self.hm))):
+        if changed := list(differences(record["versions"], self._versions())):
             say(f"resuming with other versions ({'; '.join(changed)}): the bits may differ from those of one run")
         for member in self.members:
             held = record["members"][member.name]
@@ -208,7 +235,7 @@ class Session:
         return [member.finish() for member in self.members]
 
     def measured(self) -> list[DictionaryEvaluation] | None:
-        """Measure on held-out text; None when a signal came before the end."""
+        """Measure on held-out text, in the first process alone; None when a signal came before the end."""
         known: dict[tuple[Any, ...], PCA | None] = {}
         found = []
         try:
@@ -216,7 +243,7 @@ class Session:
                 key = self._baseline(member)
                 if key not in known:
                     known[key] = self._pca(*key)
-                found.append(member.measured(known[key], self.stop))
+                found.append(member.measured(known[key], self.stop.signals))
         except KeyboardInterrupt:
             return None
         return found
@@ -226,7 +253,15 @@ class Session:
         provenance = Provenance.of(self.hm, settings=self.cfg.model_dump(mode="json"), seed=self.cfg.seed)
         store = self.store.describe()
         threads, device = torch.get_num_threads(), str(self.hm.device)
-        return {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device}
+        many = {"processes": self.world.size} if self.world.size > 1 else {}
+        return {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device, **many}
+
+    def _versions(self) -> dict[str, str]:
+        """What the bits depend on besides the settings."""
+        hm, across = self.hm, self.world.across
+        gpu = {"gpu": torch.cuda.get_device_name(hm.device)} if hm.device.type == "cuda" else {}
+        many = {"processes": f"{across.tokens.size} x {across.latents.size}"} if self.world.size > 1 else {}
+        return {**Provenance.of(hm).versions, **gpu, **many}
 
     def _own(self) -> Sequence[Member]:
         """The members that have a folder of their own."""
@@ -244,18 +279,19 @@ class Session:
         if not rank:
             return None
         text, most = tokens_of(self.cfg, self.hm, "train"), self.cfg.evaluation.tokens
-        return fit_pca(self.hm, text, site, rank=rank, max_tokens=most, should_stop=self.stop)
+        return fit_pca(self.hm, text, site, rank=rank, max_tokens=most, should_stop=self.stop.signals)
 
     def _state(self) -> SavedState:
         """All that the rest of the training depends on; before the first step, how it begins."""
-        stream, tensors = self._stream_state()
+        # The others have the same buffer; of a dictionary in shards each has its part of what is saved.
+        stream, tensors = self._stream_state() if self.world.first else ({}, {})
         record = {
             "step": self.first.steps,
             "tokens": self.first.tokens,
             "members": {member.name: member.record() for member in self.members},
             "stream": stream,
             "settings": self.settings,
-            "versions": _versions(self.hm),
+            "versions": self._versions(),
             "config": self.cfg.model_dump(mode="json"),
         }
         if not self.first.steps:
@@ -281,7 +317,9 @@ class Session:
         return stream
 
     def _stream(self, state: StreamState | None = None) -> BatchStream:
-        return self.store.batches(x=self.sites[0], should_stop=self.stop, state=state)
+        # What reads a store ahead is a thread, in which processes cannot agree; the loop asks before each step anyway.
+        alone_or_here = self.world.size == 1 or self.cfg.store is None
+        return self.store.batches(x=self.sites[0], should_stop=self.stop if alone_or_here else None, state=state)
 
     def _batches(self) -> Iterator[list[Batch]]:
         """For each step, a batch per member: the same tokens, each at its own sites."""
@@ -294,7 +332,8 @@ class Session:
 
 def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
-    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}, "train": {"checkpoint_every"}}
+    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}}
+    free["train"] = {"checkpoint_every", "shards"}
     free |= {"store_cache": True, "store_cache_bytes": True}
     return {
         "format": 1,
@@ -307,7 +346,7 @@ def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str,
     }
 
 
-def _versions(hm: HookManager) -> dict[str, str]:
-    """What the bits depend on besides the settings."""
-    gpu = {"gpu": torch.cuda.get_device_name(hm.device)} if hm.device.type == "cuda" else {}
-    return {**Provenance.of(hm).versions, **gpu}
+def _fits(dictionary: Dictionary, device: torch.device) -> bool:
+    """Whether a device has room for a dictionary and as much again."""
+    size = sum(p.numel() * p.element_size() for p in dictionary.parameters())
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 2 * size

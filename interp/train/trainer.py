@@ -16,6 +16,7 @@ from interp.dictionaries.base import Dictionary, Losses
 from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
 from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
+from interp.train.world import gathered, own_part
 
 __all__ = [
     "DictionaryFit",
@@ -113,7 +114,8 @@ class DictionaryFit:
     """One fit: optimiser, counters, and sums since the last report, all on the dictionary's device.
 
     Args:
-        dictionary: an untrained dictionary on its device; its weights are drawn, or restored, here.
+        dictionary: an untrained dictionary on its device; its weights are drawn, or restored, here. One that several
+            processes train is fitted by each of them, on batches of as many rows; all counts are of all rows.
         options: how to fit.
         seed: of the first weights, and of what the loss may draw.
         name: of the site, for the bar and for errors.
@@ -122,13 +124,12 @@ class DictionaryFit:
     def __init__(self, dictionary: Dictionary, options: TrainOptions, *, seed: int = 0, name: str = "") -> None:
         self.dictionary, self.options = dictionary.train().requires_grad_(True), options
         self.seed, self.name = seed, name
-        self.device = dictionary.W_enc.device
-        d_sae = dictionary.cfg.d_sae
-        self.lr = default_lr(d_sae) if options.lr is None else options.lr
+        self.across, self.device = dictionary.across, dictionary.W_enc.device
+        self.lr = default_lr(dictionary.cfg.d_sae) if options.lr is None else options.lr
         self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=self.lr, fused=True)
         self.steps, self.tokens, self.lr_now = 0, 0, 0.0
         self.scale = self.target_scale = 1.0
-        self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
+        self.last_fired = torch.zeros(dictionary.W_enc.shape[1], dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
         self.sums = torch.zeros(4, device=self.device)
         self.reported = 0
@@ -206,16 +207,17 @@ class DictionaryFit:
     def tensors(self) -> dict[str, Tensor]:
         """Return, on the CPU and by name, unfolded weights, moments, sums and random states.
 
-        They take 12 bytes a parameter and 8 a latent.
+        They take 12 bytes a parameter and 8 a latent. Several processes must ask together; the first has the whole.
         """
         found = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
         found |= moments(self.optimizer, dict(self.dictionary.named_parameters())) | random_states(self.device)
         found |= {"sums": self.sums, "last_fired": self.last_fired}
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        return gathered(self.across, found)
 
     @torch.no_grad()
     def restore(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go back to what `record` and `tensors` gave; names and shapes are those of this dictionary."""
+        """Go back to what `record` and `tensors` gave, of this dictionary or, split among processes, of the whole."""
+        tensors = own_part(self.across, tensors)
         self.steps, self.tokens, self.reported = (int(record[name]) for name in ("steps", "tokens", "reported"))
         self.scale, self.target_scale = float(record["scale"]), float(record["target_scale"])
         self.lr_now, self.last = float(record["lr_now"]), dict(record["last"])
@@ -244,7 +246,9 @@ class DictionaryFit:
             self.scale = self._scale_of(sample)
             self.target_scale = self.scale if target is None else self._scale_of(target)
         given = None if target is None else target * self.target_scale
+        self.dictionary.across = self.across.of_latents()  # each has the whole sample
         self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
+        self.dictionary.across = self.across
 
     def restore_randomness(self) -> None:
         """Put back the random states of the saved step, if this fit went back to one."""
@@ -252,10 +256,12 @@ class DictionaryFit:
             restore_random_states(self._random, self.device)
 
     def _sample(self, name: str) -> Tensor | None:
-        """What the first batches have of inputs or targets, at the tokens that count."""
+        """What the first batches have of inputs or targets, of all processes, at the tokens that count."""
         parts = [
             part if b.mask is None else part[b.mask] for b in self._ahead if (part := getattr(b, name)) is not None
         ]
+        if self.across.tokens.size > 1:
+            parts = [mine for part in parts for mine in self.across.tokens.gather(part.to(self.device, torch.float32))]
         return None if not parts else torch.cat(parts).to(self.device, torch.float32)
 
     def _scale_of(self, sample: Tensor) -> float:
@@ -281,15 +287,20 @@ class DictionaryFit:
         grad = None if batch.grad is None else self._scaled(batch.grad, 1 / self.scale)
         losses = self.dictionary.loss(replace(batch, x=x, target=target, grad=grad), dead=self._dead())
         losses.total.backward()
+        self.across.sum_gradients(self.dictionary)
         self.dictionary.before_step()
-        torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.options.grad_clip)
+        self.across.clip(self.dictionary, self.options.grad_clip)
         self.lr_now = self.lr * self._schedule()
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr_now
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.dictionary.after_step()
-        self._count(losses, len(x))
+        self._count(losses, self.rows(batch))
+
+    def rows(self, batch: Batch) -> int:
+        """How many rows a batch has in all processes."""
+        return len(batch.x) * self.across.tokens.size
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         # From pinned memory nothing waits for the copy; the conversion is the device's.
@@ -301,7 +312,7 @@ class DictionaryFit:
         Raises:
             TrainingError: names the first step that had one, and the site.
         """
-        if (bad := int(self.first_bad)) >= 0:
+        if (bad := int(self._first_bad())) >= 0:
             raise TrainingError(
                 f"the loss became NaN or infinite at step {bad + 1} on {self.site}, with lr {self.lr:g}; nothing was "
                 "saved after it. Lower lr and begin anew, or look for activations that are not finite"
@@ -313,8 +324,9 @@ class DictionaryFit:
         if n == 0:
             return
         dead = torch.zeros((), device=self.device) if (mask := self._dead()) is None else mask.float().mean()
+        dead = self.across.latents.sum(dead) / self.across.latents.size
         # One copy to the host for all of them.
-        *values, bad = torch.stack([*(self.sums / n), dead, self.first_bad.float()]).tolist()
+        *values, bad = torch.stack([*(self.sums / n), dead, self._first_bad().float()]).tolist()
         if bad >= 0:
             self.check()
         now = time.perf_counter()
@@ -335,6 +347,14 @@ class DictionaryFit:
         self.sums.zero_()
         if log is not None:
             log(self.last)
+
+    def _first_bad(self) -> Tensor:
+        """The first step at which a loss of any process was not finite; −1 for none."""
+        if self.across.alone:
+            return self.first_bad
+        last = torch.iinfo(torch.long).max
+        first = -self.across.every.most(-self.first_bad.masked_fill(self.first_bad < 0, last))
+        return first.masked_fill(first == last, -1)
 
     def _dead(self) -> Tensor | None:
         """Latents that have not fired for long; None while none can be."""
@@ -415,7 +435,7 @@ def run_fits(
                 break
             for fit, batch in zip(fits, given, strict=True):
                 fit.step(batch)
-            bar.update(len(given[0].x))
+            bar.update(first.rows(given[0]))
             if first.steps % options.log_every == 0:
                 report()
             # The end is saved below.
@@ -434,7 +454,7 @@ def _begin(fits: Sequence[DictionaryFit], stream: Iterator[Sequence[Batch]], ask
     """Draw the first weights of every fit from the first batches, unless it was asked to stop before there are any."""
     held: list[Sequence[Batch]] = []
     wanted = min(_SAMPLE_TOKENS, fits[0].options.tokens)
-    while sum(len(given[0].x) for given in held) < wanted and (given := next(stream, None)) is not None:
+    while sum(fits[0].rows(given[0]) for given in held) < wanted and (given := next(stream, None)) is not None:
         held.append(given)
     if not held and asked():
         return

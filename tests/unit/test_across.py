@@ -23,7 +23,8 @@ def share_of(batch: Batch, across: Across) -> Batch:
     """The rows of one process, of which each has as many."""
     each = len(batch.x) // across.tokens.size
     place = slice(across.tokens.rank * each, (across.tokens.rank + 1) * each)
-    return Batch(**{name: part if part is None else part[place] for name, part in vars(batch).items()})
+    parts: dict[str, Any] = {name: part if part is None else part[place] for name, part in vars(batch).items()}
+    return Batch(**parts)
 
 
 def stepped(made: Any, batch: Batch, dead: Tensor | None, across: Across) -> tuple[Losses, dict[str, Tensor]]:
@@ -54,7 +55,8 @@ def test_shares_of_the_loss_and_gradients_add_up_to_those_of_one_process(
     kind: str, form: str, ways: tuple[int, int]
 ) -> None:
     for n_dead, masked, prefixes, loss in ((None, False, (), "fvu"), (3, True, (5, 23), "mse"), (30, True, (), "fvu")):
-        dead, settings = dead_of(n_dead), {"prefixes": prefixes, "loss": loss}
+        dead = dead_of(n_dead)
+        settings: dict[str, Any] = {"prefixes": prefixes, "loss": loss}
         batch = batch_for(make(kind, form), masked=masked)
         whole, expected = stepped(with_aux(make(kind, form, **settings)), batch, dead, ALONE)
 
@@ -70,10 +72,10 @@ def test_shares_of_the_loss_and_gradients_add_up_to_those_of_one_process(
         for across, losses, found in parts:
             for name in ("fvu", "aux", "penalty", "l0"):
                 assert off(getattr(losses, name), getattr(whole, name)) <= 1e-10, name
-            assert torch.equal(losses.fired, across.part("fired", whole.fired))
+            assert torch.equal(losses.fired, across.part(0, whole.fired))
             assert found.keys() == expected.keys()
             for name, value in expected.items():
-                mine = across.part(name.partition(".")[2], value)
+                mine = across.part(latent_axis(name.partition(".")[2]), value)
                 assert off(found[name], mine) <= 1e-10, (name, across.every.rank, n_dead)
 
 
@@ -104,7 +106,7 @@ def test_first_weights_and_clipped_gradients_are_those_of_one_process(kind: str,
         made.across.sum_gradients(made)
         made.across.clip(made, 1e-3)
         tensors = dict(made.state_dict()) | {f"g.{n}": p.grad for n, p in made.named_parameters() if p.grad is not None}
-        whole = made.across.whole({key: (key.removeprefix("g."), value) for key, value in tensors.items()})
+        whole = made.across.whole({key: (latent_axis(key.removeprefix("g.")), value) for key, value in tensors.items()})
         return across, whole or {}
 
     _, expected = work(ALONE)
@@ -140,11 +142,12 @@ def test_ties_and_missing_candidates_are_chosen_alike_everywhere() -> None:
 
 
 def test_what_cannot_be_split_is_refused_with_the_reason() -> None:
-    for kind, settings, ways, reason in (
+    refused: list[tuple[str, dict[str, Any], tuple[int, int], str]] = [
         ("feature_choice", {}, (2, 1), "all tokens of a batch"),
         ("batchtopk", {"aux": "zipf"}, (1, 2), "usage"),
         ("topk", {}, (1, 3), "multiple of"),
-    ):
+    ]
+    for kind, settings, ways, reason in refused:
         with pytest.raises(ConfigError, match=reason):
             make(kind, **settings).check_split(*ways)
         make(kind, **settings).check_split(1, 1)
@@ -162,5 +165,5 @@ def test_every_tensor_of_a_dictionary_has_its_latents_where_it_is_said() -> None
 def test_a_process_alone_calls_nobody() -> None:
     x = torch.ones(3)
     assert ALONE.over_latents(x) is x and ALONE.alike(x) is x and ALONE.tokens.sum(x) is x
-    assert ALONE.part("W_dec", x) is x
+    assert ALONE.part(0, x) is x
     assert replace(ALONE).alone
