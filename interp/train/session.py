@@ -106,8 +106,6 @@ class Member:
     def measured(self, pca: PCA | None, stop: Callable[[], bool]) -> DictionaryEvaluation:
         """Measure on held-out text; KeyboardInterrupt where it is to stop before the end."""
         cfg = self.cfg
-        if self.dictionary.W_enc.device != self.hm.device and _fits(self.dictionary, self.hm.device):
-            self.dictionary = self.dictionary.to(self.hm.device)
         evaluation = evaluate_dictionary(
             self.hm,
             self.dictionary,
@@ -238,6 +236,11 @@ class Session:
         """Measure on held-out text, in the first process alone; None when a signal came before the end."""
         known: dict[tuple[Any, ...], PCA | None] = {}
         found = []
+        if not all(_fits(member.dictionary, self.hm.device) for member in self.members):
+            # Slow, and better than nothing: the device may not hold what was trained in shards.
+            self.hm = HookManager.load(self.cfg.model, dtype=self.cfg.dtype, device="cpu")
+        for member in self.members:
+            member.hm, member.dictionary = self.hm, member.dictionary.to(self.hm.device)
         try:
             for member in self.members:
                 key = self._baseline(member)
@@ -347,6 +350,8 @@ def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str,
 
 
 def _fits(dictionary: Dictionary, device: torch.device) -> bool:
-    """Whether a device has room for a dictionary and as much again."""
+    """Whether a dictionary is on a device, or that has room for it and as much again."""
+    if dictionary.W_enc.device == device:
+        return True
     size = sum(p.numel() * p.element_size() for p in dictionary.parameters())
     return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 2 * size

@@ -203,8 +203,8 @@ def check_processes(size: int, options: TrainOptions) -> None:
         )
     if size % shards:
         raise ConfigError(
-            f"train.shards is {shards}, and {size} process{'' if size == 1 else 'es'} were started: start a multiple "
-            f"of {shards}, as in `torchrun --nproc-per-node {shards} --no-python interp train …`"
+            f"train.shards is {shards}, and the number of processes, {size}, is no multiple of it; start so many: "
+            f"`torchrun --nproc-per-node {shards} --no-python interp train …`"
         )
 
 
