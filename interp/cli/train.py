@@ -1,6 +1,7 @@
 """`interp train`: a sparse dictionary on a site of a model, with one command that can be stopped and resumed."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -80,8 +81,13 @@ def main(argv: list[str]) -> int:
     except ConfigError as err:
         return refuse(str(err))
     from interp.train.job import plan_job, train_job, train_sweep
+    from interp.train.world import started
 
-    plan = plan_job(cfg, force=line.force, resume=line.resume)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return _followed(cfg, line)
+    # Without torchrun, as if as many processes were started as are needed.
+    most = max(started(), cfg.train.shards) if line.dry_run else None
+    plan = plan_job(cfg, force=line.force, resume=line.resume, processes=most)
     if line.dry_run:
         record = {"config": cfg.model_dump(mode="json"), "estimates": plan.to_dict()}
         text = json.dumps(record, indent=1) if line.json_output else f"{cfg.to_yaml()}\n{_estimates(plan)}"
@@ -101,6 +107,23 @@ def main(argv: list[str]) -> int:
         tell(_stopped(report, Path(cfg.out)))
         return _STOPPED
     return 0
+
+
+def _followed(cfg: TrainConfig, line: TrainOptionsLine) -> int:
+    """What the other processes of a torchrun do: train along, and say nothing but what went wrong in them alone."""
+    from interp.train.job import train_job, train_sweep
+    from interp.train.world import ElsewhereError
+
+    if line.dry_run:
+        return 0
+    try:
+        if cfg.sweep.any:
+            status = train_sweep(cfg, force=line.force, resume=line.resume).status
+        else:
+            status = train_job(cfg, force=line.force, resume=line.resume).status
+    except ElsewhereError:
+        return 1
+    return _STOPPED if status == "stopped" else 0
 
 
 def _given(path: str | None, words: list[str]) -> dict[str, Any]:
@@ -124,10 +147,12 @@ def _estimates(plan: "Plan") -> str:
     memory = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sizes.items())
     many = f"{plan.dictionaries} dictionaries" if plan.dictionaries > 1 else "the dictionary"
     counts = f"{plan.parameters:,} in {many} (d_in {plan.d_in}), {plan.model_parameters:,} in the model"
+    each = "" if plan.processes == 1 else f" in each of {plan.processes} processes"
+    each += "" if plan.shards == 1 else f", {plan.d_sae // plan.shards:,} latents in each of {plan.shards} shards"
     return (
         f"tokens      {plan.tokens:,} in {plan.steps:,} steps, lr {plan.lr:.2g}\n"
         f"latents     {plan.d_sae:,}, of which {plan.k} may be active per token\n"
-        f"parameters  {counts}\nmemory      {memory}\n"
+        f"parameters  {counts}\nmemory      {memory}{each}\n"
         f"disk        {plan.checkpoint_bytes / 2**20:,.0f} MiB for a checkpoint, twice that while it is replaced"
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError
 from interp.core.site import Site
 from interp.data.beyond import Beyond
+from interp.data.ranks import ONE, Ranks
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -71,11 +72,15 @@ class ActivationStore(ABC):
         sites: what is read, in order.
         batch_size: tokens per batch.
         seed: of the shuffling.
+        ranks: processes that read the same batches together; a streamed store's model runs in each of them in turn.
+        part: (i, n): of the rows of each batch, this process takes part number i of n.
     """
 
     sites: list[Site]
     batch_size: int
     seed: int
+    ranks: Ranks = ONE
+    part: tuple[int, int] = (0, 1)
 
     @staticmethod
     def stream(
@@ -167,6 +172,11 @@ class ActivationStore(ABC):
     @abstractmethod
     def _stream(self, should_stop: Callable[[], bool], state: StreamState | None) -> "RowStream":
         """Shuffled rows of all sites, a batch at a time."""
+
+    def mine(self, index: Int[Tensor, "token"]) -> Int[Tensor, "token"]:
+        """The part of a batch's rows that this process takes."""
+        i, n = self.part
+        return index[len(index) * i // n : len(index) * (i + 1) // n]
 
     def place(self, site: str | Site) -> int:
         """The number of a site among those that the store reads.

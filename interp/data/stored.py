@@ -325,7 +325,7 @@ class _ShuffledRows(Iterator[Rows]):
             mine, self.given = self.given % world_size == rank, self.given + 1
             if mine:
                 # In the order in which they lie there; numpy's sort is several times as fast as torch's here.
-                return store.gather(torch.from_numpy(np.sort(index.numpy())))
+                return store.gather(store.mine(torch.from_numpy(np.sort(index.numpy()))))
 
     def _next(self) -> Int[Tensor, "n"]:
         size = self.store.batch_size

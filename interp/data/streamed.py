@@ -1,6 +1,7 @@
 """Activations streamed from a model through a shuffling buffer, without a disk."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,9 +83,27 @@ class StreamedActivations(ActivationStore):
         Args:
             cursor: where to begin; None is the first document.
         """
-        for block, keep in counted_rounds(self.tokens, cursor, repeat=self.repeat):
-            run = self.hm.run(block.inputs, read=self.sites, logits="none")
-            yield kept_rows(run, self.sites, block, keep, self.hm.device), block.cursor
+        rounds, ranks = counted_rounds(self.tokens, cursor, repeat=self.repeat), self.ranks
+        # Of several processes each runs the model on its own blocks, and all get the rows of every block, in order.
+        while some := list(islice(rounds, ranks.size)):
+            # Where the text ends before each has one, the others run the last one for nothing.
+            mine = self._capture(*some[min(ranks.rank, len(some) - 1)])
+            for turn, (block, keep) in enumerate(some):
+                rows = mine if turn == ranks.rank else _room(mine, block, keep)
+                if ranks.size > 1:
+                    for value in rows.values:
+                        ranks.give(value.view(torch.uint8), turn)  # bytes, which every channel takes
+                yield rows, block.cursor
+
+    def _capture(self, block: TokenBlock, keep: Int[Tensor, "token"]) -> Rows:
+        run = self.hm.run(block.inputs, read=self.sites, logits="none")
+        return kept_rows(run, self.sites, block, keep, self.hm.device)
+
+
+def _room(like: Rows, block: TokenBlock, keep: Int[Tensor, "token"]) -> Rows:
+    """Room for the rows of a block, beside its tokens."""
+    values = [value.new_empty(len(keep), value.shape[1]) for value in like.values]
+    return Rows(values, block.ids.flatten()[keep], block.pos.flatten()[keep])
 
 
 def counted_rounds(
@@ -156,7 +175,7 @@ class _Shuffled(Iterator[Rows]):
             raise StopIteration
         index = self.order[self.served : self.served + self.store.batch_size]
         self.served += len(index)
-        return self.buffer.gather(index)
+        return self.buffer.gather(self.store.mine(index))
 
     def _fill(self) -> None:
         """Fill the free slots and draw what is served next; changes nothing when it is asked to stop on the way."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError, ConfigError, ShapeError, nearest
 from interp.data.store import Batch
+from interp.dictionaries.across import ALONE, Across
 
 __all__ = [
     "ARCHITECTURES",
@@ -111,6 +112,8 @@ class Dictionary(nn.Module, ABC):
     b_enc: nn.Parameter
     b_dec: nn.Parameter
     W_skip: nn.Parameter
+    across: Across = ALONE
+    """The processes that train it."""
 
     def __init__(self, cfg: DictionaryConfig) -> None:
         super().__init__()
@@ -163,6 +166,31 @@ class Dictionary(nn.Module, ABC):
             scale: of the input.
             target_scale: of what it reconstructs; by default the same.
         """
+
+    def check_split(self, tokens: int, latents: int) -> None:
+        """Refuse to be trained by processes that it cannot be split among.
+
+        Args:
+            tokens: among how many a batch's tokens are.
+            latents: among how many the latents are.
+
+        Raises:
+            ConfigError: says why.
+        """
+        if self.cfg.d_sae % latents:
+            raise ConfigError(f"{self.cfg.d_sae} latents in {latents} shards: d_sae must be a multiple of train.shards")
+
+    def join(self, across: Across) -> None:
+        """Be trained by several processes from here on; of its latents, only those of this process stay.
+
+        Afterwards `init_from`, or a saved state, must give it weights. What saves or measures it wants the whole again.
+
+        Raises:
+            ConfigError: as for `check_split`.
+        """
+        self.check_split(across.tokens.size, across.latents.size)
+        across.take(self)
+        self.across = across
 
     def at(self, done: float) -> None:
         """Be told which share of the training is done, before each step; nothing by default."""

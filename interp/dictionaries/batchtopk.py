@@ -76,6 +76,16 @@ class BatchTopKDictionary(SparseDictionary):
         never = (self.weight == 0) & (self.weight > 0).any()
         return mean.masked_fill(never, torch.inf).to(self.W_enc.dtype)
 
+    def check_split(self, tokens: int, latents: int) -> None:
+        """Refuse to be trained by processes that it cannot be split among; as for every dictionary.
+
+        Raises:
+            ConfigError: says why.
+        """
+        super().check_split(tokens, latents)
+        if latents > 1 and self.objective.aux == "zipf":
+            raise ConfigError("aux 'zipf' ranks all latents by their usage, which shards do not know: train.shards 1")
+
     def at(self, done: float) -> None:
         """Be told which share of the training is done, before each step."""
         super().at(done)
@@ -94,13 +104,14 @@ class BatchTopKDictionary(SparseDictionary):
             dead: latents that AuxK trains on the error; None for none.
         """
         made = super().loss(batch, dead=self._needy(dead))
-        self._fired = made.fired, len(batch.x) if batch.mask is None else batch.mask.sum()
+        tokens = self.across.tokens
+        self._fired = made.fired, tokens.count(len(batch.x)) if batch.mask is None else tokens.sum(batch.mask.sum())
         return made
 
     def _activity(self, x: Tensor, batch: Batch, dead: Tensor | None) -> Activity:
         # A look at the threshold costs a GPU a wait, and helps a CPU alone.
         floor = _FLOOR * float(self.threshold) if x.device.type == "cpu" and float(self.weight) > 0 else None
-        n = min(self.k_now * len(x), len(x) * self.cfg.d_sae)
+        n = self.across.count(len(x)) * min(self.k_now, self.cfg.d_sae)
         codes, revived, least = encode_batch_topk(x, self._encoder(dead=dead), n=n, floor=floor)
         # Of no tokens there is no choice to remember.
         self._seen = least.clamp_min(0)[None], torch.full_like(least, n > 0, dtype=torch.bool)[None]
@@ -198,6 +209,18 @@ class FeatureChoiceSAE(BatchTopKSAE):
         there = least.isfinite()
         self._seen = torch.where(there, least, 0).clamp_min(0), there
         return Activity(codes.values.relu(), codes, revived)
+
+    def check_split(self, tokens: int, latents: int) -> None:
+        """Refuse several processes.
+
+        Raises:
+            ConfigError: always, where there is more than one.
+        """
+        if tokens * latents > 1:
+            raise ConfigError(
+                "in feature_choice each latent chooses among all tokens of a batch and by its rank among all latents, "
+                "which no process alone knows: train it with one process, or use batchtopk"
+            )
 
     def budget(self, n_tokens: int) -> Int[Tensor, "d_sae"]:
         """How many tokens of so many each latent may take: k · n_tokens together."""

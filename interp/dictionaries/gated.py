@@ -79,11 +79,12 @@ class GatedSAE(SparseDictionary, SAE):
 
     def _extra(self, activity: Activity, x: Tensor, target: Tensor, dead: Tensor | None) -> Tensor:
         (gate,) = activity.beside
-        guess = replace(activity, values=gate).decoded(self.W_dec.detach())
+        guess = self.across.over_latents(replace(activity, values=gate).decoded(self.W_dec.detach()))
+        n_tokens = self.across.count(len(x))
         missed = (target - self.b_dec.detach() - guess).pow(2).sum()
         if self.terms.loss == "fvu":
-            return missed / (target - target.mean(0)).pow(2).sum().clamp_min(1e-12)
-        return missed / max(1, len(x))
+            return missed / self._variance(target, n_tokens)
+        return missed / max(1, n_tokens)
 
     def _begin(self) -> None:
         self.r_mag.zero_()

@@ -12,11 +12,17 @@ __all__ = ["active_subspace", "first_directions"]
 _TINY = 1e-12
 _HELD = 0.99  # of the variance, in the active subspace
 _OUTLIERS = 4  # components that are not counted, at most
+_DRAWN = 4096  # rows drawn at a time; torch draws normal numbers in sixteens, of which only the last may be cut
 
 
 def first_directions(
-    x: Float[Tensor, "token d_in"], n: int, objective: Objective, generator: torch.Generator
-) -> Float[Tensor, "n d_in"]:
+    x: Float[Tensor, "token d_in"],
+    n: int,
+    objective: Objective,
+    generator: torch.Generator,
+    *,
+    place: slice | None = None,
+) -> Float[Tensor, "some d_in"]:
     """Return directions of norm 1 to begin with, as `objective.init` says.
 
     `random`: uniform among all. `subspace`: uniform among those in the active subspace, so that no latent begins where
@@ -31,6 +37,7 @@ def first_directions(
         n: how many.
         objective: `init`, and `init_rank` of the subspace.
         generator: what they are drawn with, on the CPU.
+        place: which of them; by default all. Random ones are never held all at once.
 
     Raises:
         ConfigError: `init_rank` is more than the width.
@@ -38,11 +45,11 @@ def first_directions(
     width = x.shape[1]
     if objective.init == "subspace":
         basis = active_subspace(x, objective.init_rank)
-        drawn = torch.randn(n, len(basis), generator=generator).to(basis) @ basis
+        drawn = torch.randn(n, len(basis), generator=generator)[place or slice(None)].to(basis) @ basis
         return drawn / drawn.norm(dim=-1, keepdim=True)
     if objective.init == "data":
-        return _of_tokens(x, n, generator)
-    rows = torch.randn(n, width, generator=generator)
+        return _of_tokens(x, n, generator)[place or slice(None)]
+    rows = _random_rows(n, width, generator, place or slice(0, n))
     return rows / rows.norm(dim=-1, keepdim=True)
 
 
@@ -100,3 +107,18 @@ def _of_tokens(x: Tensor, n: int, generator: torch.Generator) -> Tensor:
     spare = torch.randn(n, x.shape[1], generator=generator, dtype=torch.float64).to(x.device)
     rows = torch.where(norm > _TINY, rows, spare)
     return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def _random_rows(n: int, d: int, generator: torch.Generator, place: slice) -> Tensor:
+    """Some of n random rows: the same whichever are wanted, and never all of them at once."""
+    rows = torch.empty(place.stop - place.start, d)
+    for low in range(0, n, _DRAWN):
+        # A block of so many rows, or a last one of at most twice as many, is drawn as it would be among all.
+        if n - low < _DRAWN and low > 0:
+            break
+        high = n if n - low < 2 * _DRAWN else low + _DRAWN
+        drawn = torch.randn(high - low, d, generator=generator)
+        first, last = max(low, place.start), min(high, place.stop)
+        if first < last:
+            rows[first - place.start : last - place.start] = drawn[first - low : last - low]
+    return rows

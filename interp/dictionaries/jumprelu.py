@@ -93,7 +93,8 @@ class JumpReLUDictionary(SparseDictionary):
         below = (self.threshold.index_select(0, latents) - pre).relu() * self.W_dec.index_select(0, latents).norm(
             dim=-1
         )
-        return self.objective.pre_act * below.sum() / max(1, len(x))
+        below_all = self.across.over_latents(below.sum())
+        return self.objective.pre_act * below_all / max(1, self.across.count(len(x)))
 
     def _begin(self) -> None:
         first = self.objective.threshold

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, ShapeError
+from interp.dictionaries.across import ALONE, Across
 from interp.dictionaries.kernels import Codes, Entries, encode_entries
 
 __all__ = ["Encoder", "encode_batch_topk", "encode_columns", "encode_topk", "pre_activations"]
@@ -37,6 +38,7 @@ class Encoder:
         score: what entries are chosen by; None for the pre-activations themselves. No gradient passes it.
         dead: latents among which a second choice is made; None for no such choice.
         k_dead: latents per token of the second choice.
+        across: the processes among whose tokens and latents the choices are made.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -45,11 +47,17 @@ class Encoder:
     score: Score | None = None
     dead: Bool[Tensor, "d_sae"] | None = None
     k_dead: int = 0
+    across: Across = ALONE
 
     @property
     def d_sae(self) -> int:
-        """Number of latents."""
+        """Number of latents that are here."""
         return self.W_enc.shape[1]
+
+    @property
+    def latents(self) -> int:
+        """Number of latents of all processes."""
+        return self.d_sae * self.across.latents.size
 
     def check(self, x: Tensor) -> None:
         """Refuse what cannot be encoded.
@@ -58,7 +66,7 @@ class Encoder:
             ShapeError: activations of another width.
             ConfigError: a k_dead outside 1 … d_sae.
         """
-        d_in, d_sae = self.W_enc.shape
+        d_in, d_sae = len(self.W_enc), self.latents
         if x.ndim != 2 or x.shape[1] != d_in:
             raise ShapeError(
                 f"activations of shape {tuple(x.shape)} for an encoder of d_in {d_in}; give [token {d_in}]"
@@ -86,13 +94,20 @@ class Encoder:
 class _Chosen:
     """As many entries in each token, collected chunk by chunk."""
 
-    def __init__(self) -> None:
+    def __init__(self, across: Across) -> None:
+        self.across = across
         self.values: list[Tensor] = []
         self.index: list[Tensor] = []
 
     def add(self, pre: Tensor, score: Tensor, k: int) -> None:
-        """The k entries of each token with the largest score; those of score −∞ are marked as none."""
-        best, index = score.topk(k, dim=-1, sorted=False)
+        """The k entries of each token with the largest score; those of score −∞ are marked as none.
+
+        Of latents in several shards, so many entries are marked as none as others have better ones: then no size
+        depends on the data, and a GPU need not wait.
+        """
+        best, index = score.topk(min(k, score.shape[1]), dim=-1, sorted=False)
+        if self.across.latents.size > 1:
+            best = best.masked_fill(~self.across.best(best, k), _NO_ENTRY)
         self.values.append(pre.gather(-1, index).masked_fill(best.isneginf(), _NO_ENTRY))
         self.index.append(index)
 
@@ -104,7 +119,7 @@ class _Revived(_Chosen):
     """The second choice, among dead latents."""
 
     def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(encoder.across)
         self.encoder = encoder
 
     def look(self, pre: Tensor, score: Tensor) -> None:
@@ -135,9 +150,9 @@ def encode_topk(x: Float[Tensor, "token d_in"], encoder: Encoder, *, k: int) -> 
     Source: Gao et al. 2024 (2406.04093), §2.3, and appendix A.2 for dead latents.
     """
     encoder.check(x)
-    if not 0 < k <= encoder.d_sae:
-        raise ConfigError(f"k is {k} for {encoder.d_sae} latents; it must be from 1 to {encoder.d_sae}")
-    chosen, revived = _Chosen(), _Revived(encoder)
+    if not 0 < k <= encoder.latents:
+        raise ConfigError(f"k is {k} for {encoder.latents} latents; it must be from 1 to {encoder.latents}")
+    chosen, revived = _Chosen(encoder.across), _Revived(encoder)
     with torch.no_grad():
         for _, pre, score in encoder.chunks(x):
             chosen.add(pre, score, k)
@@ -171,17 +186,18 @@ def encode_batch_topk(
     Source: Bussmann et al. 2024, "BatchTopK sparse autoencoders" (2412.06410), §3.
     """
     encoder.check(x)
-    if not 0 <= n <= len(x) * encoder.d_sae:
-        raise ConfigError(f"{n} entries are to be chosen among {len(x)} tokens × {encoder.d_sae} latents; lower k")
+    across, most = encoder.across, encoder.across.every.count(len(x) * encoder.d_sae)
+    if not 0 <= n <= most:
+        tokens = most // encoder.latents
+        raise ConfigError(f"{n} entries are to be chosen among {tokens} tokens × {encoder.latents} latents; lower k")
     filtered = floor is not None and x.device.type == "cpu"
     revived = _Revived(encoder)
     with torch.no_grad():
         picked = _candidates(x, encoder, n, floor if filtered else None, revived)
-        if filtered and len(picked.score) < n:
+        if filtered and across.every.count(len(picked.score)) < n:
             revived = _Revived(encoder)
             picked = _candidates(x, encoder, n, None, revived)
-        kept = picked.best(n)
-    least = kept.score.min() if n else x.new_zeros(())
+        kept, least = picked.best_of_all(n, across)
     entries = Entries(kept.latent, encoder.d_sae, tokens=kept.token, n_tokens=len(x))
     return encoder.codes(x, kept.value, entries), revived.found(x), least
 
@@ -247,6 +263,16 @@ class _Candidates:
     def best(self, n: int) -> "_Candidates":
         """The n of largest score, in the same order."""
         return self if len(self.score) == n else self.at(_largest(self.score, n))
+
+    def best_of_all(self, n: int, across: Across) -> tuple["_Candidates", Tensor]:
+        """Which of these are among the n of largest score of all processes, and the smallest score of those."""
+        if across.alone:
+            kept = self.best(n)
+            return kept, kept.score.min() if n else kept.score.new_zeros(())
+        mine = self.best(min(n, len(self.score)))
+        kept = mine.at(across.largest(mine.score, n).nonzero()[:, 0])  # a GPU waits for their number
+        least = torch.cat([kept.score, kept.score.new_full((1,), torch.inf)]).min()
+        return kept, torch.stack(across.every.gather(least[None])).min() if n else kept.score.new_zeros(())
 
     def at(self, kept: Tensor) -> "_Candidates":
         """Some of them."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import ConfigError, ShapeError
 from interp.data.store import Batch
+from interp.dictionaries.across import Across
 from interp.dictionaries.base import Dictionary, DictionaryConfig, Losses
 from interp.dictionaries.initial import first_directions
 from interp.dictionaries.kernels import Codes, Entries, decode_codes
@@ -149,30 +150,34 @@ class SparseDictionary(Dictionary):
         Args:
             batch: activations; `mask`, where given, leaves rows out (a GPU then waits for their number).
             dead: latents that AuxK trains on the error; None for none.
+
+        Returns:
+            The loss; of several processes `total` is this one's share of it, all else is of all tokens.
         """
+        across = self.across
         batch = _without_masked(batch)
         x = self._check_input(batch.x)
-        target = self._target(batch, x)
+        target, n_tokens = self._target(batch, x), across.count(len(x))
         # Counted on a CPU alone: a GPU would have to wait.
-        count = int(dead.sum()) if dead is not None and dead.device.type == "cpu" else None
+        count = across.latents.count(int(dead.sum())) if dead is not None and dead.device.type == "cpu" else None
         dead = None if count == 0 else dead
         few = count is not None and count <= _FEW * self.k_aux
         with_aux = dead is not None and self.terms.aux_coef > 0
         activity = self._activity(x, batch, dead if with_aux and not few else None)
-        rest = target - self.b_dec - self._skipped(x)
-        variance = (target - target.mean(0)).pow(2).sum().clamp_min(_TINY) if len(x) else x.new_ones(())
+        rest = across.alike(target - self.b_dec - self._skipped(x))
+        variance = self._variance(target, n_tokens)
         errors: list[Tensor] = []
-        for band in activity.bands(self.W_dec, self.objective.prefixes):
-            errors.append((errors[-1] if errors else rest) - band)
+        for band in activity.bands(self.W_dec, self._widths()):
+            errors.append((errors[-1] if errors else rest) - across.over_latents(band))
         squares = torch.stack([error.pow(2).sum() for error in errors])
-        fvu = (squares[-1] / variance).detach()
-        total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, len(x)))
-        none = torch.zeros_like(fvu)
+        total = squares.mean() / (variance if self.terms.loss == "fvu" else max(1, n_tokens))
+        none = torch.zeros_like(variance)
         beyond = None
         if batch.beyond is not None:
             total, beyond = batch.beyond.joined(total, target - errors[-1])
-        penalty, aux = self._penalty(activity, len(x)), none
+        penalty, aux = self._penalty(activity, n_tokens), none
         if penalty is not None:
+            penalty = across.over_latents(penalty)
             total = total + self.warm * self.terms.sparsity * penalty
         if (extra := self._extra(activity, x, target, dead)) is not None:
             total = total + extra
@@ -182,19 +187,33 @@ class SparseDictionary(Dictionary):
                 if activity.dead is None
                 else self._dead_by_entries(activity.dead)
             )
-            aux = _aux(guess, errors[-1].detach(), dead)
-            scale = 1.0 if self.terms.loss == "fvu" else variance / max(1, len(x))
+            aux = _aux(across.over_latents(guess), errors[-1].detach(), dead, across)
+            scale = 1.0 if self.terms.loss == "fvu" else variance / max(1, n_tokens)
             total = total + self.terms.aux_coef * scale * aux
-        fired = activity.fired(self.cfg.d_sae)
+        fired = across.tokens.sum(activity.fired(self.W_enc.shape[1]))
+        missed, aux, penalty = across.over_tokens(squares[-1], aux, none if penalty is None else penalty)
         return Losses(
             total=total,
-            fvu=fvu,
-            aux=aux.detach(),
-            penalty=none if penalty is None else penalty.detach(),
-            l0=fired.sum() / max(1, len(x)),
+            fvu=(missed / variance).detach(),
+            aux=aux,
+            penalty=penalty,
+            l0=across.latents.sum(fired.sum()) / max(1, n_tokens),
             fired=fired,
             beyond=beyond,
         )
+
+    def _variance(self, target: Tensor, n_tokens: int) -> Tensor:
+        """Summed over tokens and dimensions."""
+        if n_tokens == 0:
+            return target.new_ones(())
+        tokens = self.across.tokens
+        mean = target.mean(0) if tokens.size == 1 else tokens.sum(target.sum(0)) / n_tokens
+        return tokens.sum((target - mean).pow(2).sum()).clamp_min(_TINY)
+
+    def _widths(self) -> list[int]:
+        """The prefixes, counted from the first latent that is here."""
+        mine = self.across.place(self.cfg.d_sae)
+        return [min(max(width - mine.start, 0), mine.stop - mine.start) for width in self.objective.prefixes]
 
     @property
     def k_aux(self) -> int:
@@ -220,7 +239,8 @@ class SparseDictionary(Dictionary):
         for parameter in self._of_input():
             parameter.zero_()
         self.b_dec.copy_((x if target is None else target).double().mean(0))
-        rows = first_directions(x, self.cfg.d_sae, self.objective, generator).to(self.W_enc)
+        mine = self.across.place(self.cfg.d_sae)
+        rows = first_directions(x, self.cfg.d_sae, self.objective, generator, place=mine).to(self.W_enc)
         self.W_enc.copy_(rows.T)
         if target is None:
             self.W_dec.copy_(rows)
@@ -233,7 +253,7 @@ class SparseDictionary(Dictionary):
             self.W_skip.zero_()
         self._begin()
         x, goal = self._check_input(x), x if target is None else target
-        y = self._activity(x, Batch(x), None).decoded(self.W_dec).double()
+        y = self.across.over_latents(self._activity(x, Batch(x), None).decoded(self.W_dec)).double()
         power = y.pow(2).sum()
         # Of what is constant nothing is left to fit.
         fit = ((goal.to(y) - self.b_dec) * y).sum() / torch.where(power > 0, power, 1)
@@ -291,7 +311,9 @@ class SparseDictionary(Dictionary):
         return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def _encoder(self, *, score: Score | None = None, dead: Tensor | None = None) -> Encoder:
-        return Encoder(self.W_enc, self._bias, self._centre, score=score, dead=dead, k_dead=self.k_aux)
+        return Encoder(
+            self.W_enc, self._bias, self._centre, score=score, dead=dead, k_dead=self.k_aux, across=self.across
+        )
 
     @property
     def _centre(self) -> Tensor | None:
@@ -323,9 +345,13 @@ class SparseDictionary(Dictionary):
         W_enc, W_dec = self.W_enc.index_select(1, latents), self.W_dec.index_select(0, latents)
         centre = self._centre
         pre = (x if centre is None else x - centre) @ W_enc + self._bias.index_select(0, latents)
-        if len(latents) > self.k_aux:
-            best = self._importance(pre.detach(), W_dec.detach(), batch).topk(self.k_aux, dim=-1, sorted=False).indices
-            pre = torch.zeros_like(pre).scatter(-1, best, pre.gather(-1, best))
+        if self.across.latents.count(len(latents)) > self.k_aux:
+            score = self._importance(pre.detach(), W_dec.detach(), batch)
+            score, best = score.topk(min(self.k_aux, len(latents)), dim=-1, sorted=False)
+            kept = pre.gather(-1, best)
+            if self.across.latents.size > 1:
+                kept = kept.masked_fill(~self.across.best(score, self.k_aux), 0)
+            pre = torch.zeros_like(pre).scatter(-1, best, kept)
         return revived(pre) @ W_dec
 
     def _importance(self, pre: Tensor, W_dec: Tensor, batch: Batch) -> Tensor:
@@ -338,11 +364,11 @@ def revived(pre: Tensor) -> Tensor:
     return pre + (pre.relu() - pre).detach()
 
 
-def _aux(guess: Tensor, error: Tensor, dead: Tensor) -> Tensor:
+def _aux(guess: Tensor, error: Tensor, dead: Tensor, across: Across) -> Tensor:
     """The error's share that a guess of it misses; 0 when no latent is dead."""
-    share = (error - guess).pow(2).sum() / error.pow(2).sum().clamp_min(_TINY)
+    share = (error - guess).pow(2).sum() / across.tokens.sum(error.pow(2).sum()).clamp_min(_TINY)
     # A cut-off instead of a branch: asking the host whether any is dead would make a GPU wait.
-    return torch.where(dead.any() & share.isfinite(), share, torch.zeros_like(share))
+    return torch.where(across.any_latent(dead) & share.isfinite(), share, torch.zeros_like(share))
 
 
 def _without_masked(batch: Batch) -> Batch:

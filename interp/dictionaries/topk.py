@@ -137,7 +137,9 @@ class GradientTopKSAE(TopKSAE):
     def _unit_grad(self, grad: Tensor) -> Tensor:
         """The gradients, of mean norm 1."""
         grad = grad.detach().to(self.W_dec.dtype)
-        return grad / grad.norm(dim=-1).mean().clamp_min(torch.finfo(grad.dtype).tiny)
+        norms, tokens = grad.norm(dim=-1), self.across.tokens
+        mean = norms.mean() if tokens.size == 1 else tokens.sum(norms.sum()) / max(1, tokens.count(len(norms)))
+        return grad / mean.clamp_min(torch.finfo(grad.dtype).tiny)
 
     def _by_effect(self, pre: Tensor, grad: Tensor, W_dec: Tensor) -> Tensor:
         effect = (grad @ W_dec.T).abs_()

@@ -15,6 +15,7 @@ from interp.data.remote import open_remote
 from interp.data.remotefolder import RemoteFolder
 from interp.data.store import ActivationStore
 from interp.data.tokens import TokenSource
+from interp.dictionaries.across import ALONE, Across
 from interp.train.config import TrainConfig
 from interp.train.downstream import RowBatches
 from interp.train.text import token_source
@@ -46,8 +47,21 @@ def vector_site(name: str, shapes: Mapping[Site, Any]) -> tuple[Site, int]:
     return site, int(shapes[site][-1])
 
 
-def open_store(cfg: TrainConfig, hm: HookManager, sites: Sequence[Site]) -> ActivationStore:
-    """The store that a training reads: streamed from the model, shuffled or in whole rows, on a disk, or at a URL."""
+def open_store(cfg: TrainConfig, hm: HookManager, sites: Sequence[Site], across: Across = ALONE) -> ActivationStore:
+    """The store that a training reads: streamed from the model, on a disk, or at a URL.
+
+    Args:
+        cfg: the configuration.
+        hm: the manager of the model.
+        sites: what is read.
+        across: the processes that train, of which each takes its part of every batch.
+    """
+    store = _opened(cfg, hm, sites)
+    store.ranks, store.part = across.every, (across.tokens.rank, across.tokens.size)
+    return store
+
+
+def _opened(cfg: TrainConfig, hm: HookManager, sites: Sequence[Site]) -> ActivationStore:
     sizes: Any = {"batch_size": cfg.train.batch_size, "buffer_tokens": cfg.train.buffer_tokens, "seed": cfg.seed}
     if cfg.downstream.loss != "none":
         whole = cfg.text.model_copy(update={"rows": cfg.train.batch_size // cfg.text.ctx})

@@ -93,6 +93,12 @@ class TrainOptions(Settings):
         default=(),
         description="where metrics and figures go besides metrics.jsonl: tensorboard (a folder in out), wandb",
     )
+    shards: int = Field(
+        default=1,
+        gt=0,
+        description="processes of torchrun that hold one dictionary together, each so many of its latents; of several "
+        "such groups, as of several processes with 1, each takes its part of every batch",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainOptions":

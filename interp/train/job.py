@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from interp.core.errors import ConfigError, InterpError
 from interp.core.manager import sites_of
 from interp.data.remotefolder import RemoteFolder
@@ -19,7 +21,8 @@ from interp.train.session import Session
 from interp.train.signals import StopSignals
 from interp.train.start import followed
 from interp.train.trackers import check_trackers
-from interp.train.trainer import Training
+from interp.train.trainer import Training, TrainingError
+from interp.train.world import Agreed, ElsewhereError, World, check_processes, started
 
 if TYPE_CHECKING:
     import pandas
@@ -39,6 +42,8 @@ class Plan:
         steps: optimiser steps.
         dictionaries: that are trained together.
         parameters: of all dictionaries.
+        processes: that train together; all bytes of memory are those of one of them.
+        shards: processes among which the latents of each dictionary are.
         model_parameters: of the language model.
         d_in: width of the site; this and the next three are those of the first dictionary.
         d_sae: latents.
@@ -64,6 +69,8 @@ class Plan:
     buffer_bytes: int
     model_bytes: int
     checkpoint_bytes: int
+    processes: int = 1
+    shards: int = 1
 
     def to_dict(self) -> dict[str, int | float]:
         """As plain numbers."""
@@ -139,19 +146,22 @@ class SweepReport:
         return {"out": str(self.out), "status": self.status, "signal": self.signal, "members": members}
 
 
-def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> Plan:
+def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False, processes: int | None = None) -> Plan:
     """Check a configuration and estimate what the job takes, without loading weights or touching a file.
 
     Args:
         cfg: the configuration.
         force: allow an output folder that holds a run.
         resume: expect one that holds a run to go on with.
+        processes: that will train; by default those that torchrun has started.
 
     Raises:
         InterpError: the model, sites, sizes or output folder do not do.
     """
+    processes, shards = started() if processes is None else processes, cfg.train.shards
+    check_processes(processes, cfg.train)
     _check_folder(RunFolder(cfg.out), force=force, resume=resume)
-    _check_packages(cfg)
+    _check_means(cfg, processes)
     table = sites_of(cfg.model)
     shapes = {site: row["shape"] for site, row in zip(table.sites, table.rows, strict=True)}
     if cfg.store_is_remote:
@@ -161,7 +171,7 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
     weights = sum(p.numel() for p in skeleton(cfg.model).parameters())
     size, options, members = 4 if cfg.dtype in (None, "float32") else 2, cfg.train, list(cfg.members().values())
     widths: dict[str, int] = {}
-    parameters = numbers = step = 0
+    parameters = numbers = step = here = 0
     first: TrainConfig | None = None
     for one in members:
         _, d_in = vector_site(one.site, shapes)
@@ -172,8 +182,12 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
         d_sae, _ = one.dictionary.sizes(d_in)
         skip = d_in * d_out if one.dictionary.form == "skip_transcoder" else 0
         parameters += d_sae * (d_in + d_out + 1) + d_out + skip
+        here += d_sae // shards * (d_in + d_out + 1) + d_out + skip
         numbers += 8 * d_sae
-        step = max(step, 8 * options.batch_size * d_sae)
+        step = max(step, 8 * options.batch_size * shards // processes * (d_sae // shards))
+        if processes > 1:
+            with torch.device("meta"):
+                one.dictionary.make(d_in, d_out).check_split(processes // shards, shards)
     width = sum(widths.values())
     waiting = options.buffer_tokens if cfg.downstream.loss == "none" else 0  # whole rows of text are not shuffled
     buffer = waiting * (4 * width + 16)
@@ -191,10 +205,12 @@ def plan_job(cfg: TrainConfig, *, force: bool = False, resume: bool = False) -> 
         d_sae=d_sae,
         k=k,
         lr=first.train.lr or default_lr(d_sae, options.optimizer),
-        dictionary_bytes=(held + 4) * parameters + step,
+        dictionary_bytes=(held + 4) * here + step,
         buffer_bytes=buffer,
         model_bytes=weights * size,
         checkpoint_bytes=held * parameters + numbers + buffer + 16 * waiting + spare,
+        processes=processes,
+        shards=shards,
     )
 
 
@@ -211,6 +227,10 @@ def train_job(
     Ctrl-C or SIGTERM ends the training after the current step, SIGUSR1 does not; all three save a state to resume from,
     and so does every `train.checkpoint_every`-th step. A resumed run ends with the same weights, to the bit, as one
     that was left alone, on the same machine with as many threads.
+
+    The processes of a torchrun train together, each on its part of every batch and, with `train.shards`, each its part
+    of the dictionary: weights are those of one process but for rounding. The first of them writes, measures and tells;
+    states go with any number of processes. All must see the output folder; to the others no evaluation is given.
 
     Args:
         cfg: the configuration.
@@ -263,31 +283,45 @@ def train_sweep(
 def _run(
     cfg: TrainConfig, *, force: bool, resume: bool, progress: bool, tell: Callable[[str], None] | None
 ) -> SweepReport:
-    folder, say = RunFolder(cfg.out), tell or (lambda message: None)
-    _check_folder(folder, force=force, resume=resume)
-    _check_packages(cfg)
-    phase = _Phase(say)
-    with StopSignals(phase.stopping, save=phase.saving) as stop:
-        session = Session(cfg, folder, stop)
-        resumed_at = session.go_on(say) if resume else session.begin(force=force or folder.holds_alone(CACHE))
+    _check_means(cfg, started())
+    with World.joined(cfg.train, cfg.device) as world:
+        say = tell if tell is not None and world.first else _silent
+        return _run_in(world, cfg, force=force, resume=resume, progress=progress and world.first, say=say)
+
+
+def _run_in(
+    world: World, cfg: TrainConfig, *, force: bool, resume: bool, progress: bool, say: Callable[[str], None]
+) -> SweepReport:
+    folder, phase = world.folder(cfg.out), _Phase(say)
+    world.together(lambda: _check_folder(folder, force=force, resume=resume))
+    with StopSignals(phase.stopping, save=phase.saving) as signals:
+        stop = Agreed(signals, world.control)
+        session = world.together(lambda: Session(cfg, folder, stop, world))
+        anew = force or folder.holds_alone(CACHE)
+        resumed_at = world.together(lambda: session.go_on(say) if resume else session.begin(force=anew))
         record = {**session.origin(), "resumed_at_step": resumed_at}
         folder.provenance({**record, "status": "running"})
         say(_beginning(session, resumed_at))
         try:
             trainings = session.train(progress)
             phase.trained = True
-            evaluations = None if stop() else session.measured()
-        except BaseException:
+            evaluations = None if stop() else session.measured() if world.first else []
+            if not world.first:
+                session.remove_cache()
+            finished = world.told(evaluations is not None)  # the others wait here for the first
+        except BaseException as err:
             # What went wrong is to be heard, even if the disk is so full that this cannot be written either.
             with suppress(InterpError):
                 folder.provenance({**record, "status": "failed", "signal": stop.name})
+            if isinstance(err, TrainingError) and not world.first:
+                raise ElsewhereError(str(err)) from err  # all have found the same
             raise
         finally:
             session.close()
-        status: Status = "stopped" if evaluations is None else "finished"
+        status: Status = "finished" if finished else "stopped"
         members = {}
         for number, (member, training) in enumerate(zip(session.members, trainings, strict=True)):
-            evaluation = None if evaluations is None else evaluations[number]
+            evaluation = evaluations[number] if evaluations else None
             members[member.name] = JobReport(member.folder.path, status, training, evaluation, stop.name)
             if member.name:
                 own = {**record, "settings": member.cfg.model_dump(mode="json"), "seed": member.cfg.seed}
@@ -295,13 +329,13 @@ def _run(
                 member.folder.provenance(own)
         report = SweepReport(folder.path, status, members, stop.name)
         ended = {**record, "signal": stop.name, **dataclasses.asdict(trainings[0])}
-        if evaluations is None:
+        if not finished:
             folder.provenance({**ended, "status": "stopped"})
-            return report
-        if cfg.sweep.any:
-            _write_table(report, folder)
-        folder.finish(ended)
-        session.remove_cache()
+        elif world.first:
+            if cfg.sweep.any:
+                _write_table(report, folder)
+            folder.finish(ended)
+            session.remove_cache()
         return report
 
 
@@ -340,6 +374,10 @@ class _Phase:
         self.say(f"{name}: {done}")
 
 
+def _silent(message: str) -> None:
+    pass
+
+
 def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
     if force and resume:
         raise ConfigError("force replaces a run and resume goes on with it: give one of them")
@@ -349,6 +387,14 @@ def _check_folder(folder: RunFolder, *, force: bool, resume: bool) -> None:
         folder.check(force=force or folder.holds_alone(CACHE))
 
 
-def _check_packages(cfg: TrainConfig) -> None:
+def _check_means(cfg: TrainConfig, processes: int) -> None:
+    """Refuse what this machine, or so many processes, cannot do."""
     check_optimizer(cfg.train.optimizer)
     check_trackers(cfg.train.track)
+    if processes > 1 and cfg.downstream.loss != "none":
+        raise ConfigError(
+            f"downstream.loss {cfg.downstream.loss} takes whole rows of text in one process, and there are {processes};"
+            " start one"
+        )
+    if cfg.train.shards > 1 and cfg.start is not None:
+        raise ConfigError("a training that goes on from a dictionary takes it whole: give train.shards 1")

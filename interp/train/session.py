@@ -15,6 +15,8 @@ from interp.core.site import Site
 from interp.data.remote import RemoteStore
 from interp.data.store import Batch, BatchStream, StreamState
 from interp.data.tune import refuse_long_rows
+from interp.dictionaries.across import ALONE
+from interp.dictionaries.base import Dictionary
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.activations import check_store, open_store, tokens_of, vector_site
@@ -22,10 +24,10 @@ from interp.train.checkpoint import SavedState
 from interp.train.config import TrainConfig
 from interp.train.downstream import RowBatches
 from interp.train.runfolder import RunFolder
-from interp.train.signals import StopSignals
 from interp.train.start import followed, started
 from interp.train.trackers import Trackers, clear_trackers
 from interp.train.trainer import DictionaryFit, Training, run_fits
+from interp.train.world import Agreed, World, gathered
 
 __all__ = ["Member", "Session"]
 
@@ -40,10 +42,11 @@ class Member:
         name: of it among the others; "" where it is alone.
         hm: the manager of the model.
         folder: its run folder.
+        world: the processes that train it.
     """
 
-    def __init__(self, cfg: TrainConfig, name: str, hm: HookManager, folder: RunFolder) -> None:
-        self.name, self.hm, self.folder = name, hm, folder
+    def __init__(self, cfg: TrainConfig, name: str, hm: HookManager, folder: RunFolder, world: World) -> None:
+        self.name, self.hm, self.folder, self.world = name, hm, folder, world
         shapes = {s: hm.atlas.shape(s) for s in hm.sites().sites}
         self.site, d_in = vector_site(cfg.site, shapes)
         self.target: Site | None = None
@@ -53,6 +56,7 @@ class Member:
         self.cfg = followed(cfg, d_in, d_out).sized(d_in)
         self.start = started(self.cfg)
         made = self.cfg.dictionary.make(d_in, d_out) if self.start is None else self.start.dictionary
+        made.join(world.across)  # before it is on the device, which may not hold the whole
         self.dictionary = made.to(hm.device)
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
         shown, again = f"{name} {shown}".strip(), self.start is not None
@@ -66,6 +70,8 @@ class Member:
 
     def track(self, *, resumed: bool) -> None:
         """Begin to send metrics to trackers, or go on after the last line that an earlier part of the run has left."""
+        if not self.world.first:
+            return
         folder, settings = self.folder.path, self.cfg.model_dump(mode="json")
         if not resumed:
             clear_trackers(folder)
@@ -97,11 +103,28 @@ class Member:
     def finish(self) -> Training:
         """Fold what training scaled, and write the dictionary as far as it was trained."""
         training = self.fit.finish()
-        self.dictionary = self.dictionary.frozen()
-        if training.steps:
-            with self.folder.writing():
-                self.dictionary.save(self.folder.path, notes=self._notes(training))
+        whole = self._whole()
+        if whole is not None:
+            self.dictionary = whole.frozen()
+            if training.steps:
+                with self.folder.writing():
+                    self.dictionary.save(self.folder.path, notes=self._notes(training))
         return training
+
+    def _whole(self) -> Dictionary | None:
+        """What was trained, in the first process; None in the others."""
+        shards = self.world.across.latents.size
+        parts = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
+        tensors = gathered(self.world.across, parts) if shards > 1 else {}
+        if not self.world.first:
+            return None
+        if shards == 1:
+            self.dictionary.across = ALONE
+            return self.dictionary
+        made = self.cfg.dictionary.make(self.dictionary.cfg.d_in, self.dictionary.d_out)
+        made.load_state_dict({name.removeprefix("weights."): value for name, value in tensors.items()})
+        # On the CPU: it was split because a device may not hold it.
+        return made.eval().requires_grad_(False)
 
     def measured(self, pca: PCA | None, stop: Callable[[], bool]) -> DictionaryEvaluation:
         """Measure on held-out text; KeyboardInterrupt where it is to stop before the end."""
@@ -151,16 +174,18 @@ class Session:
         cfg: the configuration.
         folder: the run folder; a sweep's dictionaries have their own in it.
         stop: what signals have asked for.
+        world: the processes that train; every one of them has such a session.
     """
 
-    def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: StopSignals) -> None:
-        self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=cfg.device)
+    def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: Agreed, world: World) -> None:
+        self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=world.device(cfg.device))
         if cfg.downstream.loss != "none":
             # Else each forward would keep what gradients of the weights are made of.
             self.hm.model.requires_grad_(False)
-        self.folder, self.stop = folder, stop
+        self.folder, self.stop, self.world = folder, stop, world
         self.members = [
-            Member(one, name, self.hm, RunFolder(one.out) if name else folder) for name, one in cfg.members().items()
+            Member(one, name, self.hm, world.folder(one.out) if name else folder, world)
+            for name, one in cfg.members().items()
         ]
         self.cfg = cfg if cfg.sweep.any else self.members[0].cfg
         self.sites = list(dict.fromkeys(site for member in self.members for site in member.sites))
@@ -176,7 +201,7 @@ class Session:
         if self.start is not None:
             self.settings["start_weights"] = self.start.record["weights"]
         # Last: the cache of a store at a URL is made here, and its first shards are fetched with the first stream.
-        self.store = open_store(self.cfg, self.hm, self.sites)
+        self.store = open_store(self.cfg, self.hm, self.sites, world.across)
         if isinstance(self.store, RowBatches):
             self.store.check(list(dict.fromkeys(member.sites[-1] for member in self.members)))
         self.stream: BatchStream  # of `begin` or `go_on`
@@ -206,7 +231,8 @@ class Session:
         """Remove the store's cache, if it is this run's own."""
         if isinstance(self.store, RemoteStore) and self.cfg.store_cache is None:
             del self.stream  # with what it reads ahead
-            self.store.remove_cache()
+            if self.world.first:
+                self.store.remove_cache()
 
     def go_on(self, say: Callable[[str], None]) -> int:
         """Take everything back to how it was at the saved state; gives its step.
@@ -223,7 +249,7 @@ class Session:
                 f"the run in {self.folder.path} was begun with other settings: {'; '.join(others)}. Resume with those "
                 "it was begun with, or begin anew in another folder"
             )
-        if changed := list(differences(record["versions"], _versions(self.hm))):
+        if changed := list(differences(record["versions"], self._versions())):
             say(f"resuming with other versions ({'; '.join(changed)}): the bits may differ from those of one run")
         for member in self.members:
             held = record["members"][member.name]
@@ -251,15 +277,20 @@ class Session:
         return [member.finish() for member in self.members]
 
     def measured(self) -> list[DictionaryEvaluation] | None:
-        """Measure on held-out text; None when a signal came before the end."""
+        """Measure on held-out text, in the first process alone; None when a signal came before the end."""
         known: dict[tuple[Any, ...], PCA | None] = {}
         found = []
+        if not all(_fits(member.dictionary, self.hm.device) for member in self.members):
+            # Slow, and better than nothing: the device may not hold what was trained in shards.
+            self.hm = HookManager.load(self.cfg.model, dtype=self.cfg.dtype, device="cpu")
+        for member in self.members:
+            member.hm, member.dictionary = self.hm, member.dictionary.to(self.hm.device)
         try:
             for member in self.members:
                 key = self._baseline(member)
                 if key not in known:
                     known[key] = self._pca(*key)
-                found.append(member.measured(known[key], self.stop))
+                found.append(member.measured(known[key], self.stop.signals))
         except KeyboardInterrupt:
             return None
         return found
@@ -269,8 +300,16 @@ class Session:
         provenance = Provenance.of(self.hm, settings=self.cfg.model_dump(mode="json"), seed=self.cfg.seed)
         store = self.store.describe()
         threads, device = torch.get_num_threads(), str(self.hm.device)
-        known = {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device}
+        many = {"processes": self.world.size} if self.world.size > 1 else {}
+        known = {**dataclasses.asdict(provenance), "store": store, "threads": threads, "device": device, **many}
         return known if self.start is None else {**known, "started_from": self.start.record}
+
+    def _versions(self) -> dict[str, str]:
+        """What the bits depend on besides the settings."""
+        hm, across = self.hm, self.world.across
+        gpu = {"gpu": torch.cuda.get_device_name(hm.device)} if hm.device.type == "cuda" else {}
+        many = {"processes": f"{across.tokens.size} x {across.latents.size}"} if self.world.size > 1 else {}
+        return {**Provenance.of(hm).versions, **gpu, **many}
 
     def _own(self) -> Sequence[Member]:
         """The members that have a folder of their own."""
@@ -288,18 +327,19 @@ class Session:
         if not rank:
             return None
         text, most = tokens_of(self.cfg, self.hm, "train"), self.cfg.evaluation.tokens
-        return fit_pca(self.hm, text, site, rank=rank, max_tokens=most, should_stop=self.stop)
+        return fit_pca(self.hm, text, site, rank=rank, max_tokens=most, should_stop=self.stop.signals)
 
     def _state(self) -> SavedState:
         """All that the rest of the training depends on; before the first step, how it begins."""
-        stream, tensors = self._stream_state()
+        # The others have the same buffer; of a dictionary in shards each has its part of what is saved.
+        stream, tensors = self._stream_state() if self.world.first else ({}, {})
         record = {
             "step": self.first.steps,
             "tokens": self.first.tokens,
             "members": {member.name: member.record() for member in self.members},
             "stream": stream,
             "settings": self.settings,
-            "versions": _versions(self.hm),
+            "versions": self._versions(),
             "config": self.cfg.model_dump(mode="json"),
         }
         if not self.first.steps:
@@ -325,7 +365,9 @@ class Session:
         return stream
 
     def _stream(self, state: StreamState | None = None) -> BatchStream:
-        return self.store.batches(x=self.sites[0], should_stop=self.stop, state=state)
+        # What reads a store ahead is a thread, in which processes cannot agree; the loop asks before each step anyway.
+        alone_or_here = self.world.size == 1 or self.cfg.store is None
+        return self.store.batches(x=self.sites[0], should_stop=self.stop if alone_or_here else None, state=state)
 
     def _batches(self) -> Iterator[list[Batch]]:
         """For each step, a batch per member: the same tokens, each at its own sites."""
@@ -338,12 +380,8 @@ class Session:
 
 def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str, Any]:
     """All that decides the outcome, as plain JSON: what a resume must find unchanged."""
-    free: Any = {
-        "out": True,
-        "device": True,
-        "evaluation": {"tokens", "pca_rank"},
-        "train": {"checkpoint_every", "track"},
-    }
+    free: Any = {"out": True, "device": True, "evaluation": {"tokens", "pca_rank"}}
+    free["train"] = {"checkpoint_every", "track", "shards"}
     free |= {"store_cache": True, "store_cache_bytes": True}
     free |= {} if cfg.start else {"start": True}
     free |= {} if cfg.downstream.loss != "none" else {"downstream": True}
@@ -358,7 +396,9 @@ def _settings(cfg: TrainConfig, hm: HookManager, first_tokens: str) -> dict[str,
     }
 
 
-def _versions(hm: HookManager) -> dict[str, str]:
-    """What the bits depend on besides the settings."""
-    gpu = {"gpu": torch.cuda.get_device_name(hm.device)} if hm.device.type == "cuda" else {}
-    return {**Provenance.of(hm).versions, **gpu}
+def _fits(dictionary: Dictionary, device: torch.device) -> bool:
+    """Whether a dictionary is on a device, or that has room for it and as much again."""
+    if dictionary.W_enc.device == device:
+        return True
+    size = sum(p.numel() * p.element_size() for p in dictionary.parameters())
+    return device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 2 * size

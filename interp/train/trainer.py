@@ -20,6 +20,7 @@ from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
 from interp.train.optimizers import default_lr, make_stepper
 from interp.train.start import bring_to_norm
+from interp.train.world import gathered, own_part
 
 __all__ = [
     "DictionaryFit",
@@ -112,7 +113,8 @@ class DictionaryFit:
     """One fit: optimiser, counters, and sums since the last report, all on the dictionary's device.
 
     Args:
-        dictionary: an untrained dictionary on its device; its weights are drawn, or restored, here.
+        dictionary: an untrained dictionary on its device; its weights are drawn, or restored, here. One that several
+            processes train is fitted by each of them, on batches of as many rows; all counts are of all rows.
         options: how to fit.
         seed: of the first weights, and of what the loss may draw.
         name: of the site, for the bar and for errors.
@@ -124,14 +126,13 @@ class DictionaryFit:
     ) -> None:
         self.dictionary, self.options = dictionary.train().requires_grad_(True), options
         self.seed, self.name, self.trained = seed, name, trained
-        self.device = dictionary.W_enc.device
-        d_sae = dictionary.cfg.d_sae
-        self.lr = default_lr(d_sae, options.optimizer) if options.lr is None else options.lr
+        self.across, self.device = dictionary.across, dictionary.W_enc.device
+        self.lr = default_lr(dictionary.cfg.d_sae, options.optimizer) if options.lr is None else options.lr
         self.optimizer = make_stepper(dictionary, options.optimizer, lr=self.lr)
         self.average = None if options.ema is None else WeightAverage(options.ema)
         self.steps, self.tokens, self.lr_now = 0, 0, 0.0
         self.scale = self.target_scale = 1.0
-        self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
+        self.last_fired = torch.zeros(dictionary.W_enc.shape[1], dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
         self.sums = torch.zeros(4, device=self.device)
         self.beyond, self.beyond_sum = "", torch.zeros((), device=self.device)
@@ -213,18 +214,20 @@ class DictionaryFit:
     def tensors(self) -> dict[str, Tensor]:
         """Return, on the CPU and by name, unfolded weights, their average, moments, sums and random states.
 
-        With Adam and no average they take 12 bytes a parameter and 8 a latent.
+        With Adam and no average they take 12 bytes a parameter and 8 a latent. Several processes must ask together; the
+        first has the whole.
         """
         found = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
         found |= self.optimizer.tensors(dict(self.dictionary.named_parameters())) | random_states(self.device)
         found |= {} if self.average is None else self.average.tensors()
         found |= {"sums": self.sums, "last_fired": self.last_fired}
         found |= {"beyond_sum": self.beyond_sum} if self.beyond else {}
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        return gathered(self.across, found)
 
     @torch.no_grad()
     def restore(self, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go back to what `record` and `tensors` gave; names and shapes are those of this dictionary."""
+        """Go back to what `record` and `tensors` gave, of this dictionary or, split among processes, of the whole."""
+        tensors = own_part(self.across, tensors)
         self.steps, self.tokens, self.reported = (int(record[name]) for name in ("steps", "tokens", "reported"))
         self.scale, self.target_scale = float(record["scale"]), float(record["target_scale"])
         self.lr_now, self.last = float(record["lr_now"]), dict(record["last"])
@@ -262,7 +265,9 @@ class DictionaryFit:
             bring_to_norm(self.dictionary)
             return
         given = None if target is None else target * self.target_scale
+        self.dictionary.across = self.across.of_latents()  # each has the whole sample
         self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
+        self.dictionary.across = self.across
 
     def restore_randomness(self) -> None:
         """Put back the random states of the saved step, if this fit went back to one."""
@@ -270,10 +275,12 @@ class DictionaryFit:
             restore_random_states(self._random, self.device)
 
     def _sample(self, name: str) -> Tensor | None:
-        """What the first batches have of inputs or targets, at the tokens that count."""
+        """What the first batches have of inputs or targets, of all processes, at the tokens that count."""
         parts = [
             part if b.mask is None else part[b.mask] for b in self._ahead if (part := getattr(b, name)) is not None
         ]
+        if self.across.tokens.size > 1:
+            parts = [mine for part in parts for mine in self.across.tokens.gather(part.to(self.device, torch.float32))]
         return None if not parts else torch.cat(parts).to(self.device, torch.float32)
 
     def _scale_of(self, sample: Tensor) -> float:
@@ -301,16 +308,21 @@ class DictionaryFit:
         given = replace(batch, x=x, target=target, grad=grad, beyond=beyond)
         losses = self.dictionary.loss(given, dead=self._dead())
         losses.total.backward()
+        self.across.sum_gradients(self.dictionary)
         self.dictionary.before_step()
-        torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.options.grad_clip)
+        self.across.clip(self.dictionary, self.options.grad_clip)
         self.lr_now = self.lr * self._schedule()
         self.optimizer.step(self.lr_now)
         self.dictionary.after_step()
         if self.average is not None:
             self.average.update(self.dictionary, self.steps)
-        self._count(losses, len(x))
+        self._count(losses, self.rows(batch))
         if beyond is not None:
             self._count_beyond(beyond.name, losses)
+
+    def rows(self, batch: Batch) -> int:
+        """How many rows a batch has in all processes."""
+        return len(batch.x) * self.across.tokens.size
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         # From pinned memory nothing waits for the copy; the conversion is the device's.
@@ -322,7 +334,7 @@ class DictionaryFit:
         Raises:
             TrainingError: names the first step that had one, and the site.
         """
-        if (bad := int(self.first_bad)) >= 0:
+        if (bad := int(self._first_bad())) >= 0:
             raise TrainingError(
                 f"the loss became NaN or infinite at step {bad + 1} on {self.site}, with lr {self.lr:g}; nothing was "
                 "saved after it. Lower lr and begin anew, or look for activations that are not finite"
@@ -334,8 +346,9 @@ class DictionaryFit:
         if n == 0:
             return
         dead = torch.zeros((), device=self.device) if (mask := self._dead()) is None else mask.float().mean()
+        dead = self.across.latents.sum(dead) / self.across.latents.size
         # One copy to the host for all of them.
-        found = [*(self.sums / n), dead, self.beyond_sum / n, self.first_bad.float()]
+        found = [*(self.sums / n), dead, self.beyond_sum / n, self._first_bad().float()]
         *values, beyond, bad = torch.stack(found).tolist()
         if bad >= 0:
             self.check()
@@ -359,6 +372,14 @@ class DictionaryFit:
         self.beyond_sum.zero_()
         if log is not None:
             log(self.last)
+
+    def _first_bad(self) -> Tensor:
+        """The first step at which a loss of any process was not finite; −1 for none."""
+        if self.across.alone:
+            return self.first_bad
+        last = torch.iinfo(torch.long).max
+        first = -self.across.every.most(-self.first_bad.masked_fill(self.first_bad < 0, last))
+        return first.masked_fill(first == last, -1)
 
     def _dead(self) -> Tensor | None:
         """Latents that have not fired for long; None while none can be."""
@@ -450,7 +471,7 @@ def run_fits(
                 break
             for fit, batch in zip(fits, given, strict=True):
                 fit.step(batch)
-            bar.update(len(given[0].x))
+            bar.update(first.rows(given[0]))
             if first.steps % options.log_every == 0:
                 report()
             # The end is saved below.
@@ -469,7 +490,7 @@ def _begin(fits: Sequence[DictionaryFit], stream: Iterator[Sequence[Batch]], ask
     """Draw the first weights of every fit from the first batches, unless it was asked to stop before there are any."""
     held: list[Sequence[Batch]] = []
     wanted = min(_SAMPLE_TOKENS, fits[0].options.tokens)
-    while sum(len(given[0].x) for given in held) < wanted and (given := next(stream, None)) is not None:
+    while sum(fits[0].rows(given[0]) for given in held) < wanted and (given := next(stream, None)) is not None:
         held.append(given)
     if not held and asked():
         return
