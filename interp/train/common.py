@@ -1,19 +1,50 @@
-"""What every trainer needs: one error, algorithms that give the same bits every time, random numbers of its own."""
+"""What trainers need: what a fit came to, one error, algorithms that give the same bits, their own random numbers."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from interp.core.errors import InterpError
 
-__all__ = ["TrainingError", "deterministic", "own_randomness"]
+__all__ = ["Training", "TrainingError", "deterministic", "own_randomness"]
 
 
 class TrainingError(InterpError, RuntimeError):
     """A loss that is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a fit came to.
+
+    Attributes:
+        steps: optimiser steps taken.
+        tokens: tokens seen.
+        stopped: True when it was asked to stop before its end.
+        scale: what activations were multiplied by while training; folded into the weights.
+        target_scale: the same of what is reconstructed, where that is another site's.
+        seconds: wall time since the fit was made.
+        last: the last line of metrics.
+        resumed_at: tokens that an earlier fit, from which this one went on, had seen.
+    """
+
+    steps: int
+    tokens: int
+    stopped: bool
+    scale: float
+    target_scale: float
+    seconds: float
+    last: dict[str, int | float]
+    resumed_at: int = 0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens seen by this fit alone, per second of it."""
+        return (self.tokens - self.resumed_at) / max(self.seconds, 1e-9)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, Losses
 from interp.train.average import WeightAverage
 from interp.train.checkpoint import random_states, restore_random_states
-from interp.train.common import TrainingError, deterministic, own_randomness
+from interp.train.common import Training, TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
 from interp.train.optimizers import default_lr, make_stepper
 from interp.train.start import bring_to_norm
@@ -35,36 +35,6 @@ __all__ = [
 _SAMPLE_TOKENS = 16_384  # what the first weights and the scale are taken from
 
 _Log = Callable[[dict[str, int | float]], None]
-
-
-@dataclass(frozen=True)
-class Training:
-    """What a fit came to.
-
-    Attributes:
-        steps: optimiser steps taken.
-        tokens: tokens seen.
-        stopped: True when it was asked to stop before its end.
-        scale: what activations were multiplied by while training; folded into the weights.
-        target_scale: the same of what is reconstructed, where that is another site's.
-        seconds: wall time since the fit was made.
-        last: the last line of metrics.
-        resumed_at: tokens that an earlier fit, from which this one went on, had seen.
-    """
-
-    steps: int
-    tokens: int
-    stopped: bool
-    scale: float
-    target_scale: float
-    seconds: float
-    last: dict[str, int | float]
-    resumed_at: int = 0
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens seen by this fit alone, per second of it."""
-        return (self.tokens - self.resumed_at) / max(self.seconds, 1e-9)
 
 
 def train_dictionary(

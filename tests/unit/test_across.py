@@ -11,7 +11,8 @@ from interp.core.errors import ConfigError
 from interp.data.store import Batch
 from interp.dictionaries.across import ALONE, Across, latent_axis
 from interp.dictionaries.base import Losses
-from interp.dictionaries.sparse import _DRAWN, _unit_rows
+from interp.dictionaries.initial import _DRAWN, first_directions
+from interp.dictionaries.objective import Objective
 from tests.dictionaries import CASES, D_SAE, TOKENS, batch_for, make, off, with_aux
 from tests.threads import together
 
@@ -122,7 +123,8 @@ def test_random_rows_are_the_same_whichever_are_wanted() -> None:
         drawn = torch.randn(n, d, generator=torch.Generator().manual_seed(4))
         expected = drawn / drawn.norm(dim=-1, keepdim=True)
         for low, high in ((0, n), (n // 3, n // 2), (n - 7, n)):
-            found = _unit_rows(n, d, torch.Generator().manual_seed(4), slice(low, high))
+            draw = torch.Generator().manual_seed(4)
+            found = first_directions(torch.zeros(1, d), n, Objective(), draw, place=slice(low, high))
             assert torch.equal(found, expected[low:high])
 
 
