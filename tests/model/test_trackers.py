@@ -14,7 +14,7 @@ import pytest
 from interp.core.errors import ConfigError
 from interp.data.store import Batch
 from interp.train import trackers
-from interp.train.config import TrainConfig
+from interp.train.config import TrainConfig, TrainOptions
 from interp.train.job import plan_job, train_job, train_sweep
 from interp.train.trackers import Trackers, clear_trackers
 from interp.train.trainer import DictionaryFit
@@ -130,7 +130,10 @@ def test_wandb_gets_each_line_once_and_the_figures(tmp_path: Path, wandb: Any, m
 
 def test_a_sweep_has_a_run_for_each_dictionary(tmp_path: Path, wandb: Any) -> None:
     out = tmp_path / "many"
-    train_sweep(config(out, "wandb", sweep={"k": [4, 8]}), progress=False)
+    stale = out / "k-4" / "tensorboard" / "of an earlier run"
+    stale.mkdir(parents=True)
+    train_sweep(config(out, "wandb", sweep={"k": [4, 8]}), force=True, progress=False)
+    assert not stale.exists()
     assert [(g["name"], g["group"], g["reinit"]) for g in wandb.given] == [
         ("k-4", "many", "create_new"),
         ("k-8", "many", "create_new"),
@@ -174,6 +177,17 @@ def test_a_missing_package_is_named_before_a_folder_is_made(tmp_path: Path, monk
             with pytest.raises(ConfigError, match=f"pip install {name}"):
                 begin(config(tmp_path / "run", name))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_the_average_and_what_the_optimiser_keeps(tmp_path: Path) -> None:
+    def planned(**changes: Any) -> Any:
+        return plan_job(config(tmp_path / "run").model_copy(update={"train": TrainOptions(**TRAIN, **changes)}))
+
+    adam, averaged, signs = planned(), planned(ema=0.99), planned(optimizer="signsgd")
+    for name in ("dictionary_bytes", "checkpoint_bytes"):
+        assert getattr(averaged, name) - getattr(adam, name) == 4 * adam.parameters
+        assert getattr(signs, name) - getattr(adam, name) == -4 * adam.parameters
+    assert signs.lr == pytest.approx(adam.lr / 3) and planned(lr=0.5).lr == 0.5
 
 
 # -- TensorBoard itself -----------------------------------------------------------------------------------------------
