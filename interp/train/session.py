@@ -15,6 +15,7 @@ from interp.core.site import Site
 from interp.data.remote import RemoteStore
 from interp.data.store import Batch, BatchStream, StreamState
 from interp.data.tune import refuse_long_rows
+from interp.dictionaries.heads import reading
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.activations import check_store, open_store, tokens_of, vector_site
@@ -48,7 +49,7 @@ class Member:
         if cfg.target is not None:
             self.target, d_out = vector_site(cfg.target, shapes)
         self.cfg = cfg.sized(d_in)
-        self.dictionary = self.cfg.dictionary.make(d_in, d_out).to(hm.device)
+        self.dictionary = reading(self.cfg.dictionary.make(d_in, d_out), self.site).to(hm.device)
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
         self.fit = DictionaryFit(self.dictionary, cfg.train, seed=cfg.seed, name=f"{name} {shown}".strip())
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from interp.core.errors import DataError
+from interp.core.errors import ConfigError, DataError
 from interp.data.store import Batch
 from interp.dictionaries.base import Dictionary, Losses
 from interp.train.checkpoint import moments, random_states, restore_moments, restore_random_states
 from interp.train.common import TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
+from interp.train.whitening import Whitening
 
 __all__ = [
     "DictionaryFit",
@@ -40,7 +41,8 @@ class Training:
         steps: optimiser steps taken.
         tokens: tokens seen.
         stopped: True when it was asked to stop before its end.
-        scale: what activations were multiplied by while training; folded into the weights.
+        scale: what activations were multiplied by while training; folded into the weights. 1 where they were whitened,
+            which is folded too, or normalised one by one.
         target_scale: the same of what is reconstructed, where that is another site's.
         seconds: wall time since the fit was made.
         last: the last line of metrics.
@@ -128,6 +130,8 @@ class DictionaryFit:
         self.optimizer = torch.optim.Adam(dictionary.parameters(), lr=self.lr, fused=True)
         self.steps, self.tokens, self.lr_now = 0, 0, 0.0
         self.scale = self.target_scale = 1.0
+        self.whitening: Whitening | None = None
+        _normalize_at_run_time(dictionary, options)
         self.last_fired = torch.zeros(d_sae, dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
         self.sums = torch.zeros(4, device=self.device)
@@ -184,8 +188,12 @@ class DictionaryFit:
         run_fits([self], together, logs, save=save, save_wanted=save_wanted, should_stop=should_stop, progress=progress)
 
     def finish(self) -> Training:
-        """Fold the input scale and say what the fit came to; after it, the dictionary is of raw activations."""
-        self.dictionary.fold_scale(self.scale, self.target_scale)
+        """Fold what training did to activations and say what the fit came to; then the dictionary is of raw ones."""
+        if self.whitening is None:
+            self.dictionary.fold_scale(self.scale, self.target_scale)
+        else:
+            white = self.whitening
+            self.dictionary.fold_whitening(white.mean, white.forward, white.back, target_scale=self.target_scale)
         self.dictionary.eval().requires_grad_(False)
         return Training(
             steps=self.steps,
@@ -211,6 +219,7 @@ class DictionaryFit:
         found = {f"weights.{name}": value for name, value in self.dictionary.state_dict().items()}
         found |= moments(self.optimizer, dict(self.dictionary.named_parameters())) | random_states(self.device)
         found |= {"sums": self.sums, "last_fired": self.last_fired}
+        found |= {} if self.whitening is None else self.whitening.tensors()
         return {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     @torch.no_grad()
@@ -218,6 +227,7 @@ class DictionaryFit:
         """Go back to what `record` and `tensors` gave; names and shapes are those of this dictionary."""
         self.steps, self.tokens, self.reported = (int(record[name]) for name in ("steps", "tokens", "reported"))
         self.scale, self.target_scale = float(record["scale"]), float(record["target_scale"])
+        self.whitening = Whitening.from_tensors(tensors, self.device)
         self.lr_now, self.last = float(record["lr_now"]), dict(record["last"])
         self.resumed_at = self.marked_tokens = self.tokens
         for name, value in self.dictionary.state_dict().items():
@@ -228,7 +238,7 @@ class DictionaryFit:
         self._random = {name: value for name, value in tensors.items() if name.startswith("rng.")}
 
     def begin(self, first: Sequence[Batch]) -> None:
-        """Draw scale and first weights from the first batches, which are trained on afterwards.
+        """Draw scale or whitening, and first weights, from the first batches, which are trained on afterwards.
 
         Raises:
             DataError: there are none.
@@ -240,11 +250,15 @@ class DictionaryFit:
         sample = self._sample("x")
         assert sample is not None
         target = self._sample("target")
-        if self.options.normalize:
-            self.scale = self._scale_of(sample)
-            self.target_scale = self.scale if target is None else self._scale_of(target)
+        how = self.options.normalize
+        if how == "mean_norm":
+            self.scale = self.target_scale = self._scale_of(sample)
+        if how == "whiten":
+            self.whitening = Whitening.of(sample)
+        if how != "none" and target is not None:
+            self.target_scale = self._scale_of(target)
         given = None if target is None else target * self.target_scale
-        self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
+        self.dictionary.init_from(self._input(sample), seed=self.seed, target=given)
 
     def restore_randomness(self) -> None:
         """Put back the random states of the saved step, if this fit went back to one."""
@@ -276,9 +290,9 @@ class DictionaryFit:
     def step(self, batch: Batch) -> None:
         """One optimiser step."""
         self.dictionary.at(self.tokens / self.options.tokens)
-        x = self._scaled(batch.x, self.scale)
+        x = self._input(batch.x)
         target = None if batch.target is None else self._scaled(batch.target, self.target_scale)
-        grad = None if batch.grad is None else self._scaled(batch.grad, 1 / self.scale)
+        grad = None if batch.grad is None else self._gradient(batch.grad)
         losses = self.dictionary.loss(replace(batch, x=x, target=target, grad=grad), dead=self._dead())
         losses.total.backward()
         self.dictionary.before_step()
@@ -290,6 +304,14 @@ class DictionaryFit:
         self.optimizer.zero_grad(set_to_none=True)
         self.dictionary.after_step()
         self._count(losses, len(x))
+
+    def _input(self, x: Tensor) -> Tensor:
+        scaled = self._scaled(x, self.scale)
+        return scaled if self.whitening is None else self.whitening.white(scaled)
+
+    def _gradient(self, grad: Tensor) -> Tensor:
+        scaled = self._scaled(grad, 1 / self.scale)
+        return scaled if self.whitening is None else self.whitening.gradient(scaled)
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         # From pinned memory nothing waits for the copy; the conversion is the device's.
@@ -444,3 +466,23 @@ def _begin(fits: Sequence[DictionaryFit], stream: Iterator[Sequence[Batch]], ask
 
 def _never() -> bool:
     return False
+
+
+def _normalize_at_run_time(dictionary: Dictionary, options: TrainOptions) -> None:
+    """Make the dictionary normalise tokens itself where that was asked for: it cannot be folded.
+
+    Raises:
+        ConfigError: it has a bypass, or normalises already in another way.
+    """
+    if options.normalize == "layer_norm":
+        if dictionary.has_skip:
+            raise ConfigError(
+                "train.normalize layer_norm: the bypass of a skip transcoder reads activations that are not normalised "
+                "(SAELens defines it so); use mean_norm or whiten, or a transcoder without bypass"
+            )
+        dictionary.set_cfg(dictionary.cfg.model_copy(update={"normalize_activations": "layer_norm"}))
+    elif dictionary.space.normalize != "none" and options.normalize != "none":
+        raise ConfigError(
+            f"the dictionary normalises each token ({dictionary.space.normalize}) and train.normalize is "
+            f"{options.normalize!r}, which cannot be folded through that; use 'none'"
+        )
