@@ -358,7 +358,7 @@ def test_a_dry_run_estimates_and_writes_nothing(
         (["--site", "1.residpost"], "did you mean 'resid_post'"),
         (["--config", "nothing.yaml"], "no config file nothing.yaml"),
         (["nothing.yaml"], "no config file nothing.yaml"),
-        (["--train.no-normalize", "nothing.yaml"], "no config file nothing.yaml"),
+        (["--train.normalize=whiten", "nothing.yaml"], "no config file nothing.yaml"),
         (["a.yaml", "--config=b.yaml"], "one config file is read, got a.yaml and b.yaml"),
         (["--force", "--resume"], "give one of them"),
     ],

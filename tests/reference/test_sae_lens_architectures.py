@@ -145,8 +145,8 @@ def test_what_has_no_counterpart_is_refused() -> None:
         from_sae_lens(AbsTopKSAE(AbsTopKSAEConfig(d_in=8, d_sae=16, k=2)))
     with pytest.raises(ArtifactError, match="StandardTrainingSAE is still in training"):
         from_sae_lens(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=4, d_sae=8)))
-    with pytest.raises(ArtifactError, match="normalize_activations='layer_norm'"):
-        from_sae_lens(StandardSAE(StandardSAEConfig(d_in=4, d_sae=8, normalize_activations="layer_norm")))
+    with pytest.raises(ArtifactError, match="does not hold the whitening"):
+        from_sae_lens(StandardSAE(StandardSAEConfig(d_in=4, d_sae=8, normalize_activations="covariance_whitening")))
 
 
 # -- training losses --------------------------------------------------------------------------------------------------
