@@ -5,7 +5,8 @@ dictionary's metadata say what was asked for, as `model_from_pretrained_kwargs`.
 is then, where it can be said at all, an exact function of what the raw model has there:
 
     center_writing_weights   x − mean over d_model, at the residual stream, attn_out and mlp_out; models of LayerNorm
-    fold_ln                  (x − bias) / gain, at what a sublayer reads after a norm; elsewhere nothing
+    fold_ln                  (x − bias) / gain, at what a sublayer reads after a norm; there and at the normalized value
+                             the mean of a reconstruction is lost after a LayerNorm, whose readers are centred
     fold_value_biases        x − b_V, at v and z; with fold_ln b_V holds what ln1's bias adds to it
 
 Source: TransformerLens' `ProcessWeights`; the algebra is in `interp.core.fold`.
@@ -42,6 +43,7 @@ _AFTER_NORM = {
     "ln_final.out": "ln_final",
     "unembed.in": "ln_final",
 }
+_NORMALIZED = ("ln1.normalized", "ln2.normalized", "ln_final.normalized")
 _REFACTORED = ("q", "k", "rot_q", "rot_k", "v", "z")
 _SAME = ("q", "k", "rot_q", "rot_k", "mlp_pre", "mlp_pre_linear", "mlp_post", "router_logits")
 
@@ -80,9 +82,11 @@ def for_model(
     if not flags:
         return dictionary
     place = _named(dictionary, "hook_name", site)
-    _bind(dictionary.space, hm, place, flags)
     if isinstance(dictionary, Transcoder):
-        _bind(dictionary.target_space, hm, _named(dictionary, "hook_name_out", target), flags)
+        _bind(dictionary.space, hm, place, flags, written=False)
+        _bind(dictionary.target_space, hm, _named(dictionary, "hook_name_out", target), flags, written=True)
+    else:
+        _bind(dictionary.space, hm, place, flags, written=True)
     return dictionary
 
 
@@ -126,7 +130,8 @@ def _differences(dictionary: Dictionary) -> list[str]:
         return []
     if any(metadata.get(name) is None for name in names):
         return list(flags)
-    changed = {flag for name in names for flag in _changing(Site(str(metadata[name])), flags)}
+    last = names[-1]
+    changed = {f for name in names for f in _changing(Site(str(metadata[name])), flags, written=name == last)}
     return [flag for flag in flags if flag in changed]
 
 
@@ -139,8 +144,8 @@ def _named(dictionary: Dictionary, key: str, given: str | Site | None) -> Site:
     return Site(known)
 
 
-def _changing(site: Site, flags: tuple[str, ...]) -> list[str]:
-    """Which of the flags change what a site holds.
+def _changing(site: Site, flags: tuple[str, ...], *, written: bool) -> list[str]:
+    """Which of the flags change what a site holds, or what becomes of a value that is written there.
 
     Raises:
         ConfigError: what they make of it cannot be said.
@@ -158,7 +163,9 @@ def _changing(site: Site, flags: tuple[str, ...]) -> list[str]:
         mine = ("fold_ln",)
     elif kind in ("v", "z"):
         mine = ("fold_value_biases",)
-    elif kind in _SAME or kind.endswith(".normalized") or kind.startswith(("ln1_post.", "ln2_post.")):
+    elif kind in _NORMALIZED:
+        mine = ("fold_ln",) if written else ()
+    elif kind in _SAME or kind.startswith(("ln1_post.", "ln2_post.")):
         mine = ()
     else:
         raise ConfigError(
@@ -167,13 +174,13 @@ def _changing(site: Site, flags: tuple[str, ...]) -> list[str]:
     return [flag for flag in flags if flag in mine]
 
 
-def _bind(space: "Space", hm: "HookManager", site: Site, flags: tuple[str, ...]) -> None:
+def _bind(space: "Space", hm: "HookManager", site: Site, flags: tuple[str, ...], *, written: bool) -> None:
     """Set the fixed part of a space to what the flags make of a site of this model."""
-    changing = _changing(site, flags)
+    changing = _changing(site, flags, written=written)
     if not hm.is_folded:
         space.fix(bound="raw", **_maps(hm, site, flags, changing))
         return
-    if (extra := set(_changing(site, _FLAGS[:3])) - set(changing)) and _maps_anything(hm, site):
+    if (extra := set(_changing(site, _FLAGS[:3], written=written)) - set(changing)) and _maps_anything(hm, site):
         raise ConfigError(
             f"{hm.name} has {', '.join(sorted(extra))} done to {site.short}, which the dictionary's model had not; "
             "give the manager that it was folded from"
@@ -215,18 +222,21 @@ def _centres(hm: "HookManager", site: Site) -> bool:
 
 
 def _ungained(hm: "HookManager", site: Site) -> dict[str, Any]:
-    """(x − bias) / gain."""
-    part = _AFTER_NORM[site.kind]
+    """(x − bias) / gain, and the mean of what is written is lost."""
+    part = _AFTER_NORM.get(site.kind) or site.kind.removesuffix(".normalized")
     if part == "ln2" and not hm.map.has("ln2"):
         part = "ln1"  # attention and MLP that share a norm
     norm = hm.weights.norm_weights(site.layer, part)
+    centred = {"read_centred": norm.kind == "LN"}
+    if site.kind in _NORMALIZED:
+        return centred
     if bool((norm.gain == 0).any()):
         raise ConfigError(
             f"{part} has a gain of 0 in {int((norm.gain == 0).sum())} dimensions, so that {site.short} does not say "
             "what the processed model has there; use its normalized site"
         )
     scale = 1 / norm.gain.float()
-    return {"scale": scale, "shift": -norm.bias.float() * scale}
+    return {**centred, "scale": scale, "shift": -norm.bias.float() * scale}
 
 
 def _unbiased(hm: "HookManager", site: Site, with_norm: bool) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Space(nn.Module):
     """How an activation of the raw model becomes what a dictionary's weights are of, and back.
 
     In order: heads side by side; what a processed model has at this site, which is an exact function of what the raw
-    one has: less the mean over dimensions, divided by a norm's gain, or less a constant; normalisation of each token.
+    one has: less the mean over dimensions, divided by a norm's gain, less a constant; normalisation of each token.
     The first two are the dictionary's *fixed* space, in which errors are measured. Nothing of it is in a state dict.
 
     Source: SAELens 6.54's `reshape_activations` and `normalize_activations`. Its layer norm divides by the deviation
@@ -75,7 +75,7 @@ class Space(nn.Module):
     def __init__(self, width: int, *, headed: bool = False, normalize: Normalization = "none") -> None:
         super().__init__()
         self.width, self.headed, self.normalize = width, headed, normalize
-        self.centred = False
+        self.centred = self.read_centred = False
         self.bound = ""  # "raw" or "folded": the model that the fixed part was made for
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("shift", None, persistent=False)
@@ -85,6 +85,7 @@ class Space(nn.Module):
         *,
         bound: str,
         centred: bool = False,
+        read_centred: bool = False,
         scale: Float[Tensor, "d"] | None = None,
         shift: Float[Tensor, "d"] | None = None,
     ) -> None:
@@ -93,18 +94,26 @@ class Space(nn.Module):
         Args:
             bound: "raw" or "folded", the kind of model that x is of.
             centred: whether the mean is taken off.
+            read_centred: whether what reads the processed activation takes no notice of its mean, though what reads the
+                raw one would: it is taken off a reconstruction on the way back.
             scale: without zeros; None for 1.
             shift: None for 0.
         """
         for name, value in (("scale", scale), ("shift", shift)):
             if value is not None and value.shape != (self.width,):
                 raise ShapeError(f"{name} has shape {tuple(value.shape)} for activations of width {self.width}")
-        self.bound, self.centred, self.scale, self.shift = bound, centred, scale, shift
+        self.bound, self.centred, self.read_centred = bound, centred, read_centred
+        self.scale, self.shift = scale, shift
 
     @property
     def fixed_names(self) -> list[str]:
         """What the fixed part does, in words."""
-        said = {"less the mean": self.centred, "gain": self.scale is not None, "shift": self.shift is not None}
+        said = {
+            "less the mean": self.centred,
+            "scaled": self.scale is not None,
+            "shifted": self.shift is not None,
+            "less the mean on the way back": self.read_centred,
+        }
         return [name for name, there in said.items() if there]
 
     @property
@@ -170,6 +179,7 @@ class Space(nn.Module):
 
     def unfixed(self, y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """Return activations of the raw model, of mean 0 where the fixed space is centred."""
+        y = y - y.mean(-1, keepdim=True) if self.read_centred else y
         y = y if self.shift is None else y - self.shift
         return y if self.scale is None else y / self.scale
 
