@@ -87,6 +87,9 @@ def for_model(
         _bind(dictionary.target_space, hm, _named(dictionary, "hook_name_out", target), flags, written=True)
     else:
         _bind(dictionary.space, hm, place, flags, written=True)
+    weights = dictionary.W_dec
+    dictionary.space.to(weights.device, weights.dtype)
+    dictionary.target_space.to(weights.device, weights.dtype)
     return dictionary
 
 
@@ -157,6 +160,7 @@ def _changing(site: Site, flags: tuple[str, ...], *, written: bool) -> list[str]
             "model cannot be had from the raw one's; run the dictionary in TransformerLens, on the model it was "
             "trained on"
         )
+    mine: tuple[str, ...] = ()
     if kind in _STREAM:
         mine = ("center_writing_weights",)
     elif kind in _AFTER_NORM:
@@ -165,9 +169,7 @@ def _changing(site: Site, flags: tuple[str, ...], *, written: bool) -> list[str]
         mine = ("fold_value_biases",)
     elif kind in _NORMALIZED:
         mine = ("fold_ln",) if written else ()
-    elif kind in _SAME or kind.startswith(("ln1_post.", "ln2_post.")):
-        mine = ()
-    else:
+    elif kind not in _SAME and not kind.startswith(("ln1_post.", "ln2_post.")):
         raise ConfigError(
             f"what {', '.join(flags)} make of {site.short} is not known; expected a site that dictionaries read"
         )

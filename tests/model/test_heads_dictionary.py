@@ -125,7 +125,7 @@ def test_a_splice_keeps_the_error_and_edits_latents_where_tokens_are_normalised(
     width = hm.d_model if site == "1.resid_post" else hm.n_heads * hm.d_head
     sae: Dictionary = random_sae(width, normalize_activations=how)
     ids = tokens(2, 9)
-    clean = hm.run(ids, read=[site])
+    clean = hm.run(ids, read=[site], logits="all")
     x = clean[site]
     # An edit that does nothing leaves the model alone; one that does something adds what the decoder says, in the
     # token's own units.
@@ -144,8 +144,23 @@ def test_a_splice_keeps_the_error_and_edits_latents_where_tokens_are_normalised(
         "constant_norm_rescale": flat.norm(dim=-1, keepdim=True) / width**0.5,
     }[how]
     torch.testing.assert_close(ours.flatten(2), flat + units * sae.W_dec[5], atol=1e-4, rtol=1e-4)
-    # The slope of the loss by a latent, through what normalises.
-    plain = hm.run(
-        ids, write=[interp.Splice(site, sae)], read=["2.resid_post"], grad=lambda out: out.logits.sum((1, 2))
-    )
-    assert bool(plain.grad["2.resid_post"].isfinite().all())
+    # Gradients pass what normalises: those of the formula, written out.
+    plain, layer = random_sae(width), "0.resid_post"
+
+    def by_hand(v: Tensor) -> Tensor:
+        f = v.flatten(2)
+        if how == "none":
+            return plain(f).view_as(v)
+        if how == "layer_norm":
+            mean, deviation = f.mean(-1, keepdim=True), f.std(-1, keepdim=True)
+            return (plain((f - mean) / (deviation + 1e-5)) * deviation + mean).view_as(v)
+        norm = f.norm(dim=-1, keepdim=True) / width**0.5
+        return (plain(f / norm) * norm).view_as(v)
+
+    def slope(write: Any) -> Tensor:
+        out = hm.run(ids, write=[write], read=[layer], logits="all", grad=lambda out: out.logits[..., 7].sum(1))
+        return out.grad[layer]
+
+    expected = slope(interp.Edit(site, by_hand))
+    torch.testing.assert_close(slope(interp.Splice(site, sae)), expected, atol=1e-5, rtol=1e-3)
+    assert float(expected.abs().max()) > 1e-3

@@ -189,7 +189,8 @@ def test_figures_are_those_of_the_processed_activations(
             keep = block.mask & ~block.special
             assert bool(block.mask.all()), "so that no mask is needed"
             value = theirs.run_with_cache(block.ids)[1][hook]
-            x.append(value[keep].flatten(1)), near.append(sae(value)[keep].flatten(1))
+            x.append(value[keep].flatten(1))
+            near.append(sae(value)[keep].flatten(1))
 
             def put(value: Tensor, hook: Any, keep: Tensor = keep, zero: bool = False) -> Tensor:
                 return torch.where(keep.view(*keep.shape, *[1] * (value.ndim - 2)), 0 if zero else sae(value), value)
@@ -280,3 +281,33 @@ def test_a_model_of_rms_norms_is_not_centred_and_its_gains_are_undone() -> None:
     after = for_model(random_sae(hm.d_model, "blocks.1.ln2.hook_out", flags), hm)
     out = hm.run(tokens(2, 9), read=["1.ln2.out", "1.ln2.normalized"])
     torch.testing.assert_close(after.seen(out["1.ln2.out"]), out["1.ln2.normalized"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Starcoder2", "Qwen2"])
+def test_value_biases_are_taken_out_of_z_and_v_for_grouped_heads_too(family: str) -> None:
+    hm = interp.HookManager.load(make_model(family), word_tokenizer())
+    flags = {"fold_ln": True, "fold_value_biases": True}
+    out = hm.run(tokens(2, 9), read=["1.z", "1.v", "1.pattern", "1.ln1.normalized"])
+    gain, W_V = hm.weights.norm_weights(1, "ln1").gain, hm.weights[1].W_V
+    # What no bias has been added to, neither the norm's nor the projection's.
+    v = torch.einsum("bpm,hmd->bphd", out["1.ln1.normalized"] * gain, W_V)
+    of_query = v.repeat_interleave(hm.n_heads // hm.n_kv_heads, dim=2)
+    z = torch.einsum("bhqk,bkhd->bqhd", out["1.pattern"], of_query)
+    for site, expected in (("1.v", v), ("1.z", z)):
+        sae = for_model(random_sae(expected[0, 0].numel(), interp.Site(site).name, flags), hm)
+        assert sae.space.fixed_names == ["shifted"]
+        torch.testing.assert_close(sae.seen(out[site]), expected.flatten(2), atol=2e-5, rtol=1e-4)
+        assert float((out[site] - expected).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "flag", "why"),
+    [
+        ("GptOss", "1.attn.hook_z", "fold_value_biases", "has sinks"),
+        ("Bloom", "1.hook_resid_post", "center_writing_weights", "normalises its embeddings"),
+    ],
+)
+def test_what_is_no_function_of_the_raw_activation_is_refused(family: str, site: str, flag: str, why: str) -> None:
+    hm = interp.HookManager.load(make_model(family), word_tokenizer())
+    with pytest.raises(ConfigError, match=why):
+        for_model(random_sae(8, f"blocks.{site}", {flag: True}), hm)

@@ -250,7 +250,11 @@ def test_sites_in_another_basis_and_unknown_ones_are_refused_by_name(tmp_path: P
     folder = saved(tmp_path / "b", {}, model_from_pretrained_kwargs={"fold_ln": True})
     with pytest.raises(ConfigError, match=r"processed \(fold_ln\), whose activations at its site"):
         Dictionary.load(folder)
-    folder = saved(tmp_path / "c", {}, hook_name="blocks.0.hook_scale", model_from_pretrained_kwargs={"fold_ln": 1})
+    folder = saved(
+        tmp_path / "c", {}, hook_name="blocks.0.attn.hook_result", model_from_pretrained_kwargs={"fold_ln": 1}
+    )
+    with pytest.raises(ConfigError, match=r"what fold_ln make of 0\.result is not known"):
+        Dictionary.load(folder)
 
 
 # -- what training does, and folds ------------------------------------------------------------------------------------
@@ -268,7 +272,7 @@ def batches(made: Any, n: int = 6, tokens: int = 64) -> Iterator[Batch]:
 def trained(kind: str, form: str, how: str) -> DictionaryFit:
     """A fit after six steps, before it is folded."""
     # A threshold that latents of six steps are above.
-    more = {"bandwidth": 0.01} if kind.startswith("jumprelu") else {}
+    more: dict[str, Any] = {"bandwidth": 0.01} if kind.startswith("jumprelu") else {}
     made = make(kind, form, dtype="float32", **more)
     options = TrainOptions(tokens=6 * 64, batch_size=64, buffer_tokens=128, normalize=how, lr=1e-3)  # type: ignore[arg-type]
     fit = DictionaryFit(made, options, seed=3)
