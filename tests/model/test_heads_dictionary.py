@@ -30,7 +30,7 @@ COMMON: dict[str, Any] = {
     "data": "testbed",
     "dictionary": {"d_sae": 96, "k": 8},
     "text": {"ctx": 32, "rows": 8},
-    "train": {"tokens": 6000, "batch_size": 128, "buffer_tokens": 1024, "checkpoint_every": 5},
+    "train": {"tokens": 5000, "batch_size": 128, "buffer_tokens": 1024, "checkpoint_every": 5},
     "evaluation": {"tokens": 2000},
 }
 
@@ -66,7 +66,7 @@ def flat_of(hm: interp.HookManager, site: str) -> Tensor:
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("normalize", ["mean_norm", "layer_norm", "whiten"])
+@pytest.mark.parametrize("normalize", ["layer_norm", "whiten"])
 def test_a_dictionary_of_z_is_trained_measured_and_shown(tmp_path: Path, normalize: str, capfd: Any) -> None:
     config = {**COMMON, "out": str(tmp_path / "run"), "train": {**COMMON["train"], "normalize": normalize}}
     report = train_job(TrainConfig.model_validate(config), progress=False)
@@ -80,8 +80,8 @@ def test_a_dictionary_of_z_is_trained_measured_and_shown(tmp_path: Path, normali
     assert found.ce_recovered > 0.1 and found.l0 == pytest.approx(8, abs=0.5)
     torch.testing.assert_close(head_weights(made, hm.n_heads).sum(1), torch.ones(96, dtype=torch.float64))
     if normalize == "layer_norm":
-        assert command(["eval", str(tmp_path / "run"), "--tokens", "2000"]) == 0
-        assert command(["show", str(tmp_path / "run"), "--n", "4", "--tokens", "2000"]) == 0
+        assert command(["eval", str(tmp_path / "run"), "--tokens", "1000"]) == 0
+        assert command(["show", str(tmp_path / "run"), "--n", "4", "--tokens", "1000"]) == 0
         assert (tmp_path / "run" / "page.html").is_file()
         assert "1.attn.hook_z" in capfd.readouterr().out
 

@@ -376,7 +376,7 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(
     ("extra", "message"),
     [
         (["--site", "9.resid_post"], "no site 9.resid_post; 0.resid_post, 1.resid_post"),
-        (["--site", "1.z"], "one vector a token"),
+        (["--site", "1.pattern"], "one vector a token"),
         (["--data", "nothing.jsonl"], "no file or folder nothing.jsonl"),
         (["--text.field", "story"], "its fields are: text"),
         (["--text.hold-out-every", "400"], "'held_out' part"),

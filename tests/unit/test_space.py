@@ -306,14 +306,14 @@ def test_what_is_saved_is_what_was_trained(tmp_path: Path, kind: str, form: str,
     assert (fit.whitening is not None) == (how == "whiten")
 
 
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "standard", "gated", "jumprelu-l0"])
-def test_latents_of_whitened_activations_stay_when_it_is_folded(kind: str) -> None:
+def test_latents_of_whitened_activations_stay_when_it_is_folded(kind: str, centred: bool) -> None:
     made, wide = make(kind), make(kind)
     x = torch.cat([b.x for b in batches(made)]).double()
     white = Whitening.of(x)
     for one in (made, wide):
-        if one.b_dec.shape == (D_IN,):
-            one.set_cfg(one.cfg.model_copy(update={"apply_b_dec_to_input": kind != "topk"}))
+        one.set_cfg(one.cfg.model_copy(update={"apply_b_dec_to_input": centred}))
     mean, forward = white.mean.double(), white.forward.double()
     made.fold_whitening(mean, forward, torch.linalg.inv(forward))
     torch.testing.assert_close(made.encode(x), wide.encode((x - mean) @ forward), atol=1e-6, rtol=1e-6)
@@ -347,6 +347,22 @@ def test_a_gradient_by_the_whitened_activation_says_of_a_latent_what_the_folded_
     (y @ white.back.double() + white.mean.double()).sin().sum().backward()
     assert y.grad is not None
     torch.testing.assert_close(white.gradient(x.cos().float()).double(), y.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_a_step_is_given_the_gradient_by_the_whitened_activation() -> None:
+    fit = trained("gradient_topk", "sae", "whiten")
+    batch, plain, seen = next(batches(fit.dictionary)), fit.dictionary.loss, []
+
+    def loss(batch: Batch, **more: Any) -> Any:
+        seen.append(batch)
+        return plain(batch, **more)
+
+    fit.dictionary.loss = loss  # type: ignore[method-assign]
+    fit.step(batch)
+    white = fit.whitening
+    assert white is not None and batch.grad is not None
+    torch.testing.assert_close(seen[0].grad, batch.grad @ white.back.T)
+    torch.testing.assert_close(seen[0].x, (batch.x - white.mean) @ white.forward)
 
 
 def test_whitened_activations_have_the_same_variance_in_every_direction_that_has_any() -> None:
@@ -401,12 +417,12 @@ def test_training_in_each_space_finds_the_planted_directions(how: Any) -> None:
 
     def planted() -> Iterator[Batch]:
         while True:
-            code = torch.zeros(512, 24, dtype=torch.float64)
-            code.scatter_(1, torch.rand(512, 24, generator=draw).topk(2).indices, 1.0)
-            yield Batch(x=(7 * code * (1 + torch.rand(512, 24, generator=draw)) @ atoms + 0.5).float())
+            code = torch.zeros(256, 24, dtype=torch.float64)
+            code.scatter_(1, torch.rand(256, 24, generator=draw).topk(2).indices, 1.0)
+            yield Batch(x=(7 * code * (1 + torch.rand(256, 24, generator=draw)) @ atoms + 0.5).float())
 
     made = DictionaryOptions(kind="topk", d_sae=24, k=2).make(D_IN)
-    options = TrainOptions(tokens=150 * 512, batch_size=512, buffer_tokens=1024, normalize=how, lr=1e-2)
+    options = TrainOptions(tokens=120 * 256, batch_size=256, buffer_tokens=512, normalize=how, lr=1e-2)
     fit = DictionaryFit(made, options, seed=1)
     fit.run(planted(), progress=False)
     fit.finish()
