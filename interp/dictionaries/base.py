@@ -236,7 +236,11 @@ class Dictionary(nn.Module, ABC):
         """Sizes, settings and the site it was trained on, for printing."""
         settings = self.cfg.model_dump(include={"d_in", "d_sae", "d_out", "k", "dtype"})
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())
-        return f"{shown}, site={self.cfg.metadata.get('hook_name', 'unknown')}"
+        sees = f", sees activations {said}" if (said := self.space.extra_repr()) else ""
+        return f"{shown}, site={self.cfg.metadata.get('hook_name', 'unknown')}{sees}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*made"]:
         """Return the reconstruction decode(encode(x)), with what `W_skip` adds, in the shape that x came in."""

@@ -232,7 +232,7 @@ def test_a_folded_manager_needs_nothing_done_and_another_folding_is_refused(
             with pytest.raises(ConfigError, match=r"for_model\(dictionary, hm\)"):
                 evaluate_dictionary(manager, wrong, text(hm), short, max_tokens=32)
     only = random_sae(hm.d_model, "blocks.1.attn.hook_z", {"fold_ln": True, "center_writing_weights": True})
-    with pytest.raises(ConfigError, match="has fold_value_biases done to 1.z"):
+    with pytest.raises(ConfigError, match=r"has fold_value_biases done to 1\.z"):
         for_model(only, folded)
 
 

@@ -208,6 +208,8 @@ def test_run_time_settings_are_saved_and_loaded(tmp_path: Path) -> None:
     x = drawn(2, 5, HEADS, D_IN // HEADS).float()
     again = Dictionary.load(made.save(tmp_path))
     assert torch.equal(again(x), made(x)) and again.space.normalize == "layer_norm" and again.space.headed
+    assert repr(again).endswith("site=unknown, sees activations heads side by side, layer_norm)")
+    assert repr(make("topk")).endswith("site=unknown)")
 
 
 @pytest.mark.parametrize(
