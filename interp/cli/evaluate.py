@@ -109,10 +109,12 @@ def open_run(options: RunOptions, tell: Callable[[str], None]) -> OpenRun:
     """
     from interp.core.manager import HookManager
     from interp.dictionaries.base import Dictionary
+    from interp.dictionaries.processed import for_model
     from interp.evaluate.dictionary import place_of
     from interp.train.config import TextOptions, TrainConfig
 
-    dictionary: Dictionary = Dictionary.load(options.run)
+    # Its model comes later.
+    dictionary: Dictionary = Dictionary.load(options.run, model="processed")
     if options.out is None and not options.run.is_dir():
         raise ConfigError(f"{options.run} is no folder on this machine; say which file to write with --out")
     settings = options.run / "config.yaml"
@@ -124,7 +126,7 @@ def open_run(options: RunOptions, tell: Callable[[str], None]) -> OpenRun:
     tell(f"loading {name}")
     device = options.device or (cfg.device if cfg is not None else None)
     hm = HookManager.load(str(name), dtype=None if cfg is None else cfg.dtype, device=device)
-    dictionary = dictionary.to(hm.device)
+    dictionary = for_model(dictionary.to(hm.device), hm, site=None if cfg is None else cfg.site)
     if cfg is not None:
         text = cfg.text
     else:

@@ -388,7 +388,8 @@ class Splice(Intervention):
     """Put a dictionary's reconstruction in an activation's place: x ← decode(encode(x)).
 
     Args:
-        dictionary: anything with `encode` and `decode`.
+        dictionary: anything with `encode` and `decode`; where it has `reconstructed(latents, x)`, that is used instead
+            of `decode`, for what latents stand for may depend on the activation.
         keep_error: add back x − decode(encode(x)), so that the model is unchanged until the latents are edited.
         latents: a function of the latents [batch pos d_sae] that returns edited ones.
         where: as for `Add`.
@@ -416,12 +417,17 @@ class Splice(Intervention):
         """Return the reconstruction."""
         latents = self.dictionary.encode(x)
         edited = latents if self.latents is None else self.latents(latents.clone())
-        y = self.dictionary.decode(edited)
-        if not isinstance(y, Tensor):
-            raise ShapeError(f"Splice: {type(self.dictionary).__name__}.decode gave {type(y).__name__}, no tensor")
+        y = self._made(edited, x)
         if self.keep_error:
-            y = x + (y - self.dictionary.decode(latents)) if self.latents is not None else x
+            y = x + (y - self._made(latents, x)) if self.latents is not None else x
         return y.to(x.dtype)
+
+    def _made(self, latents: Tensor, x: Tensor) -> Tensor:
+        whole = getattr(self.dictionary, "reconstructed", None)
+        y = whole(latents, x) if callable(whole) else self.dictionary.decode(latents)
+        if not isinstance(y, Tensor):
+            raise ShapeError(f"Splice: {type(self.dictionary).__name__} decodes to {type(y).__name__}, no tensor")
+        return y
 
 
 @dataclass(frozen=True, eq=False)

@@ -61,6 +61,7 @@ class HookManager:
         self.atlas = Atlas(self.root, modelmap)
         self.caller = Caller(model)
         self.embedding: nn.Module = modelmap.module(self.root, "embed") or self.root
+        self.is_folded = False  # set by `folded`
         self._plans: dict[tuple[Any, ...], Plan] = {}
         self._packing_checked = False
         self._residual_checked = False
@@ -433,7 +434,9 @@ class HookManager:
 
         twin, notes = fold(self.root, self.atlas)
         name = f"{self.name} (folded)"
-        return HookManager(twin, self.tokenizer, self.map, name=name, revision=self.revision, notes=notes)
+        made = HookManager(twin, self.tokenizer, self.map, name=name, revision=self.revision, notes=notes)
+        made.is_folded = True
+        return made
 
     def to_transformer_lens(self) -> Any:
         """Return a `TransformerBridge` over this model's own tensors; the model itself stays as it is.

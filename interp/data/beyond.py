@@ -36,9 +36,9 @@ class Beyond:
     reconstruction: float = 1.0
     balance: bool = False
 
-    def of_scaled(self, scale: float) -> "Beyond":
-        """The same, of reconstructions that are `scale` times as large."""
-        return replace(self, loss=lambda made: self.loss(made / scale))
+    def of(self, raw: Callable[[Tensor], Tensor]) -> "Beyond":
+        """The same, of reconstructions from which a function makes those that the loss is of."""
+        return replace(self, loss=lambda made: self.loss(raw(made)))
 
     def joined(
         self, reconstruction: Float[Tensor, ""], made: Float[Tensor, "token d_out"]

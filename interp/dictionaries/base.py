@@ -5,58 +5,44 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from interp.core.disk import atomic_write
-from interp.core.errors import ArtifactError, ConfigError, ShapeError, nearest
+from interp.core.errors import ArtifactError, ConfigError, SiteError
+from interp.core.site import Site
 from interp.data.store import Batch
 from interp.dictionaries.across import ALONE, Across
+from interp.dictionaries.folder import CFG, WEIGHTS, as_class, read_folder
+from interp.dictionaries.space import Context, Normalization, Space, has_heads
+
+if TYPE_CHECKING:
+    from interp.core.manager import HookManager
 
 __all__ = [
-    "ARCHITECTURES",
-    "CFG",
     "SAE",
-    "WEIGHTS",
     "Dictionary",
     "DictionaryConfig",
     "Losses",
     "Transcoder",
     "TranscoderConfig",
-    "read_cfg",
-    "why_not",
 ]
 
-CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-
-# SAELens' name of an architecture → the class, imported when it is needed.
-ARCHITECTURES = {
-    "topk": ("interp.dictionaries.topk", "TopKSAE"),
-    "standard": ("interp.dictionaries.standard", "StandardSAE"),
-    "gated": ("interp.dictionaries.gated", "GatedSAE"),
-    "jumprelu": ("interp.dictionaries.jumprelu", "JumpReLUSAE"),
-    "transcoder": ("interp.dictionaries.standard", "ReLUTranscoder"),
-    "skip_transcoder": ("interp.dictionaries.standard", "ReLUTranscoder"),
-    "jumprelu_transcoder": ("interp.dictionaries.jumprelu", "JumpReLUTranscoder"),
-    "jumprelu_skip_transcoder": ("interp.dictionaries.jumprelu", "JumpReLUTranscoder"),
-}
-
-# What SAELens loads and cannot be loaded here.
-_REFUSED = {
-    "abstopk": "its latents may be negative, and every measure here takes latents to be 0 or more",
-    "matching_pursuit": "it finds latents one after the other, each in what the last left: no encoder gives them",
-    "temporal": "it reads a token together with the ones before; latents here are of one position",
-    "batchtopk": "that is an SAE in training; SAELens' save_inference_model writes the JumpReLU SAE that it becomes",
-}
-_REFUSED["matryoshka_batchtopk"] = _REFUSED["batchtopk"]
-
 _D = TypeVar("_D", bound="Dictionary")
+
+# Settings of a training that should have been folded into the weights before they were saved.
+_UNFOLDED = {
+    "expected_average_only_in": "means weights of activations times √d_in / (their mean norm), and the folder does not "
+    "hold that factor c; multiply W_enc by c, divide W_dec and b_dec by c, and write normalize_activations: none",
+    "covariance_whitening": "means weights of whitened activations, and the folder does not hold the whitening; save "
+    "the SAE with SAELens' save_inference_model, which folds it",
+}
 
 
 class DictionaryConfig(BaseModel):
@@ -71,11 +57,29 @@ class DictionaryConfig(BaseModel):
         default="float32", description="dtype of the weights"
     )
     apply_b_dec_to_input: bool = Field(default=True, description="subtract b_dec before encoding")
-    normalize_activations: Literal["none"] = Field(
-        default="none", description="scaling at run time; ours is folded instead"
+    normalize_activations: Normalization = Field(
+        default="none", description="what is done to each token at run time; scaling by a constant is folded instead"
     )
-    reshape_activations: Literal["none"] = Field(default="none", description="reshaping at run time")
+    reshape_activations: Literal["none", "hook_z"] = Field(
+        default="none", description="hook_z: activations come by head, [n_heads d_head]"
+    )
     metadata: dict[str, Any] = Field(default_factory=dict, description="model, site and data; see SAELens")
+
+    @field_validator("normalize_activations", mode="before")
+    @classmethod
+    def _can_be_followed(cls, value: Any) -> Any:
+        if value in _UNFOLDED:
+            # SAELens runs such a folder on activations as they are, which is another function than was trained.
+            raise ValueError(f"{value!r} {_UNFOLDED[value]}")
+        return value
+
+    @property
+    def headed(self) -> bool:
+        """Whether what it reads comes by head, as its settings or its site say."""
+        try:
+            return self.reshape_activations == "hook_z" or has_heads(Site(str(self.metadata.get("hook_name"))))
+        except SiteError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,8 @@ class Losses:
 class Dictionary(nn.Module, ABC):
     """A sparse dictionary of directions: `W_enc` [d_in d_sae], `W_dec` [d_sae d_out], `b_enc` and `b_dec`.
 
-    Latents and reconstructions are those of *raw* activations; whatever scaling training used is folded in.
+    Latents and reconstructions are those of *raw* activations: whatever scaling training used is folded in, and what
+    cannot be folded is done in `space`, which says how an activation becomes what the weights are of.
     """
 
     W_enc: nn.Parameter
@@ -117,7 +122,14 @@ class Dictionary(nn.Module, ABC):
 
     def __init__(self, cfg: DictionaryConfig) -> None:
         super().__init__()
+        self.set_cfg(cfg)
+
+    def set_cfg(self, cfg: DictionaryConfig) -> None:
+        """Take other settings of the same sizes, and see activations as they say."""
         self.cfg = cfg
+        self.space = Space(cfg.d_in, headed=cfg.headed, normalize=cfg.normalize_activations)
+        # What a transcoder reconstructs is neither reshaped nor normalised, as in SAELens.
+        self.target_space = Space(self.d_out) if "transcoder" in cfg.architecture else self.space
 
     @property
     def d_out(self) -> int:
@@ -130,12 +142,20 @@ class Dictionary(nn.Module, ABC):
         return "skip" in self.cfg.architecture
 
     @abstractmethod
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latents of some activations."""
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents of some activations, flat or by head."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the activations that some latents stand for."""
+        """Return the activations that some latents stand for, flat.
+
+        Raises:
+            ConfigError: that depends on the activation; `reconstructed` takes it too.
+        """
+
+    def decode_own(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Return what some latents stand for in the space of the weights."""
+        return self.decode(latents)
 
     @abstractmethod
     def loss(self, batch: Batch, *, dead: Bool[Tensor, "d_sae"] | None = None) -> Losses:
@@ -192,6 +212,27 @@ class Dictionary(nn.Module, ABC):
         across.take(self)
         self.across = across
 
+    def fold_whitening(
+        self,
+        mean: Float[Tensor, "d_in"],
+        forward: Float[Tensor, "d_in d_in"],
+        back: Float[Tensor, "d_in d_in"],
+        *,
+        target_scale: float = 1.0,
+    ) -> None:
+        """Turn a dictionary of (x − mean) · forward into the same one of x, in place.
+
+        Args:
+            mean: of the activations.
+            forward: the map that made them white.
+            back: its inverse.
+            target_scale: of what a transcoder reconstructs.
+
+        Raises:
+            ConfigError: it cannot be folded into this dictionary.
+        """
+        raise ConfigError(f"a whitening cannot be folded into a {type(self).__name__}; train it with mean_norm")
+
     def at(self, done: float) -> None:
         """Be told which share of the training is done, before each step; nothing by default."""
 
@@ -209,19 +250,59 @@ class Dictionary(nn.Module, ABC):
         """Sizes, settings and the site it was trained on, for printing."""
         settings = self.cfg.model_dump(include={"d_in", "d_sae", "d_out", "k", "dtype"})
         shown = ", ".join(f"{name}={value}" for name, value in settings.items())
-        return f"{shown}, site={self.cfg.metadata.get('hook_name', 'unknown')}"
+        sees = f", sees activations {said}" if (said := self.space.extra_repr()) else ""
+        return f"{shown}, site={self.cfg.metadata.get('hook_name', 'unknown')}{sees}"
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the reconstruction decode(encode(x)), with what `W_skip` adds."""
-        x = self._check_input(x)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*made"]:
+        """Return the reconstruction decode(encode(x)), with what `W_skip` adds, in the shape that x came in."""
         return self.reconstructed(self.encode(x), x)
 
     def reconstructed(
-        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*batch d_in"]
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*shape"]
+    ) -> Float[Tensor, "*made"]:
+        """Return what latents stand for, with what `W_skip` makes of the input.
+
+        Args:
+            latents: those of x, edited or not.
+            x: activations of the raw model, flat or by head.
+
+        Returns:
+            Activations of the raw model; of an SAE in the shape of x, of a transcoder flat.
+        """
+        context = self._context(x)
+        made = self._skipping(self.decode_own(latents), x)
+        return self.target_space.back(made, context)
+
+    def seen(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_in"]:
+        """Return activations in the fixed space, flat; the raw model's own where there is no processed one."""
+        return self.space.fixed(x)
+
+    def target_seen(self, target: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_out"]:
+        """Return what is to be reconstructed in the fixed space, flat: where errors are measured."""
+        return self.target_space.fixed(target)
+
+    def reconstructed_seen(
+        self, latents: Float[Tensor, "*batch d_sae"], x: Float[Tensor, "*shape"]
     ) -> Float[Tensor, "*batch d_out"]:
-        """Return what latents stand for, with what `W_skip` makes of the input."""
-        made = self.decode(latents)
-        return made + x.to(made.dtype) @ self.W_skip.T if self.has_skip else made
+        """Return what latents stand for in the fixed space, flat: to be compared with `target_seen`."""
+        context = self._context(x)
+        return self.target_space.unnormalized(self._skipping(self.decode_own(latents), x), context)
+
+    def _context(self, x: Tensor) -> Context:
+        """What is needed to undo what was done to x; of a transcoder nothing, for it gives something else."""
+        if self.target_space is not self.space:
+            return Context()
+        if not self.space.needs_context:
+            flat = self.space.flat(x)
+            return Context() if flat is x else Context((x.shape[-2], x.shape[-1]))
+        return self.space.own(x.to(self.W_dec.dtype))[1]
+
+    def _skipping(self, made: Tensor, x: Tensor) -> Tensor:
+        # Past the latents goes what was not normalised, as in SAELens.
+        return made + self.space.fixed(x.to(made.dtype)) @ self.W_skip.T if self.has_skip else made
 
     def save(self, folder: str | Path, *, notes: Mapping[str, Any] | None = None) -> Path:
         """Write SAELens' inference folder: `sae_weights.safetensors`, then `cfg.json`, each atomically.
@@ -250,7 +331,12 @@ class Dictionary(nn.Module, ABC):
 
     @classmethod
     def load(
-        cls: type[_D], folder: str | Path, *, device: str | torch.device = "cpu", revision: str | None = None
+        cls: type[_D],
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        model: "HookManager | Literal['processed'] | None" = None,
     ) -> _D:
         """Read a dictionary of ours or another library's; the class follows from what is there.
 
@@ -259,31 +345,25 @@ class Dictionary(nn.Module, ABC):
                 circuit-tracer; each of them on the hub, as `hf://owner/repo/folder`; or `release/id` of SAELens.
             device: where to put the weights.
             revision: branch, tag or commit on the hub; the commit is kept in the metadata.
+            model: the manager whose activations it will read, where it was trained on a model that TransformerLens
+                processed (see `interp.dictionaries.processed.for_model`); "processed" for one who feeds it activations
+                of such a model.
 
         Raises:
             ArtifactError: no dictionary is there, it is damaged, or it is one that this class cannot be.
-            ConfigError: a revision of what has none.
+            ConfigError: a revision of what has none; or it needs a model, or another one than was given.
         """
         from interp.dictionaries.layouts import find
+        from interp.dictionaries.processed import for_model, refuse_unbound
 
         place = find(folder, revision=revision)
-        path = place.folder
-        if place.read is not None:
-            return _as(cls, place.read(), path).to(device).eval().requires_grad_(False)
-        cfg = read_cfg(path)
-        found = _class_of(str(cfg["architecture"]), path)
-        _check_class(cls, found, path)
-        try:
-            dictionary = cast("_D", found.from_cfg(cfg))
-        except ValidationError as err:
-            faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
-            raise ArtifactError(f"{path / CFG}: settings that cannot be followed: {faults}") from err
-        except RuntimeError as err:
-            sizes = f"d_in {cfg.get('d_in')} and d_sae {cfg.get('d_sae')}"
-            raise ArtifactError(f"{path / CFG} says {sizes}, for which there is no memory; is it damaged?") from err
-        dictionary.load_state_dict(_read_weights(path, dictionary))
+        made = read_folder(place.folder, cls) if place.read is None else place.read()
+        dictionary = as_class(made, cls, place.folder)
         dictionary.cfg.metadata.update(place.notes)
-        return dictionary.to(device).eval().requires_grad_(False)
+        if model is None:
+            refuse_unbound(dictionary)
+        dictionary = dictionary.to(device).eval().requires_grad_(False)
+        return dictionary if model is None or model == "processed" else for_model(dictionary, model)
 
     def push_to_hub(
         self,
@@ -345,9 +425,8 @@ class Dictionary(nn.Module, ABC):
         """Make an untrained dictionary from the settings in a `cfg.json`."""
 
     def _check_input(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.cfg.d_in:
-            raise ShapeError(f"activations of shape {tuple(x.shape)} for a dictionary of d_in {self.cfg.d_in}")
-        return x.to(self.W_enc.dtype)
+        """What the weights are of, [*batch d_in]."""
+        return self.space.own(x.to(self.W_enc.dtype))[0]
 
 
 class SAE(Dictionary):
@@ -359,70 +438,10 @@ class TranscoderConfig(DictionaryConfig):
 
     d_out: int = Field(gt=0, description="width of what is reconstructed, dimensions")
     apply_b_dec_to_input: Literal[False] = Field(default=False, description="b_dec is of another space than the input")
+    reshape_activations: Literal["none"] = Field(default="none", description="heads are read side by side")
 
 
 class Transcoder(Dictionary):
     """A dictionary that reconstructs what a module makes of the activations it reads, such as an MLP's output."""
 
     cfg: TranscoderConfig
-
-
-def read_cfg(folder: Path) -> dict[str, Any]:
-    """Read the settings of the dictionary in a folder, which name its architecture.
-
-    Raises:
-        ArtifactError: no dictionary is there, or it is damaged.
-    """
-    path = folder / CFG
-    if not path.is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) if folder.is_dir() else "no such folder"
-        raise ArtifactError(f"{folder} holds no {CFG} ({held or 'empty'}); give the folder of a finished run")
-    try:
-        cfg = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
-        raise ArtifactError(f"{path} is not valid JSON ({err}); save the dictionary again") from err
-    if not isinstance(cfg, dict) or "architecture" not in cfg:
-        raise ArtifactError(f"{path} names no architecture; expected a SAELens folder of version 6 or later")
-    cfg.pop("device", None)
-    return cfg
-
-
-def why_not(architecture: str) -> str:
-    """Why an architecture of SAELens cannot be loaded here, or which name is near one that it does not have."""
-    known = f"known: {', '.join(sorted(ARCHITECTURES))}"
-    return _REFUSED.get(architecture) or nearest(architecture, ARCHITECTURES) or known
-
-
-def _check_class(wanted: type[Dictionary], found: type[Dictionary], folder: Path) -> None:
-    if not issubclass(found, wanted):
-        raise ArtifactError(f"{folder} holds a {found.__name__}, not a {wanted.__name__}; use {found.__name__}.load")
-
-
-def _as(wanted: type[_D], dictionary: Dictionary, folder: Path) -> _D:
-    _check_class(wanted, type(dictionary), folder)
-    return cast("_D", dictionary)
-
-
-def _class_of(architecture: str, folder: Path) -> type[Dictionary]:
-    if architecture not in ARCHITECTURES:
-        hint = why_not(architecture)
-        raise ArtifactError(f"{folder} holds a {architecture!r} dictionary, which cannot be loaded; {hint}")
-    module, name = ARCHITECTURES[architecture]
-    found: type[Dictionary] = getattr(import_module(module), name)
-    return found
-
-
-def _read_weights(folder: Path, dictionary: Dictionary) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = folder / WEIGHTS
-    try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as err:
-        raise ArtifactError(f"{path} cannot be read ({err}); save the dictionary again") from err
-    expected = {name: tuple(value.shape) for name, value in dictionary.state_dict().items()}
-    came = {name: tuple(value.shape) for name, value in weights.items()}
-    if came != expected:
-        raise ArtifactError(f"{path} holds {came}; its {CFG} says {expected}")
-    return weights

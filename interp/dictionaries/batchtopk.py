@@ -91,7 +91,7 @@ class BatchTopKDictionary(SparseDictionary):
         super().at(done)
         self.k_now = self.objective.k_at(done, self.k, self.cfg.d_sae)
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations, as the saved dictionary does."""
         pre = self._pre(self._check_input(x))
         return pre.relu() * (pre > self.threshold)

@@ -58,7 +58,7 @@ class GatedSAE(SparseDictionary, SAE):
         """Make an untrained SAE from the settings in a `cfg.json`."""
         return cls(GatedConfig.model_validate(dict(cfg)))
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations."""
         gate = self._pre(self._check_input(x))
         return (gate > 0) * self._magnitude(gate)
@@ -85,6 +85,10 @@ class GatedSAE(SparseDictionary, SAE):
         if self.terms.loss == "fvu":
             return missed / self._variance(target, n_tokens)
         return missed / max(1, n_tokens)
+
+    def _move_pre(self, shift: Tensor) -> None:
+        self.b_gate.add_(shift.to(self.b_gate.dtype))
+        self.b_mag.add_((shift * self.r_mag.double().exp()).to(self.b_mag.dtype))
 
     def _begin(self) -> None:
         self.r_mag.zero_()

@@ -6,30 +6,38 @@ import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
 from interp.core.errors import ArtifactError, nearest
-from interp.dictionaries.base import ARCHITECTURES, CFG, Dictionary, why_not
+from interp.dictionaries.base import Dictionary
+from interp.dictionaries.folder import ARCHITECTURES, CFG, why_not
+from interp.dictionaries.processed import for_model, refuse_unbound
 
 if TYPE_CHECKING:
     import sae_lens
 
+    from interp.core.manager import HookManager
+
 __all__ = ["from_old_folder", "from_release", "from_sae_lens", "release_names", "to_sae_lens"]
 
 
-def from_sae_lens(sae: "sae_lens.SAE[Any]") -> Dictionary:
+def from_sae_lens(sae: "sae_lens.SAE[Any]", *, model: "HookManager | Literal['processed'] | None" = None) -> Dictionary:
     """Turn a SAELens SAE or transcoder into ours, with copied weights.
 
     Args:
-        sae: an inference SAE or transcoder of an architecture that is known here, which scales nothing at run time.
+        sae: an inference SAE or transcoder of an architecture that is known here.
+        model: as for `Dictionary.load`: the manager whose activations it will read, where it was trained on a model
+            that TransformerLens processed.
 
     Returns:
-        The same function, in evaluation mode and without gradients.
+        The same function (of the processed model's activations, where it was trained on those), in evaluation mode and
+        without gradients.
 
     Raises:
-        ArtifactError: an architecture or a run-time scaling that is not known here, or an SAE in training.
+        ArtifactError: an architecture or a scaling that is not known here, or an SAE in training.
+        ConfigError: it needs a model, or another one than was given.
     """
     from sae_lens import TrainingSAE
 
@@ -40,9 +48,6 @@ def from_sae_lens(sae: "sae_lens.SAE[Any]") -> Dictionary:
     if architecture not in ARCHITECTURES:
         hint = why_not(architecture)
         raise ArtifactError(f"a SAELens SAE of architecture {architecture!r} has no counterpart here; {hint}")
-    for name in ("normalize_activations", "reshape_activations"):
-        if cfg[name] != "none":
-            raise ArtifactError(f"this SAELens SAE has {name}={cfg[name]!r}; fold it into the weights first")
     module, name = ARCHITECTURES[architecture]
     made: type[Dictionary] = getattr(import_module(module), name)
     try:
@@ -50,8 +55,11 @@ def from_sae_lens(sae: "sae_lens.SAE[Any]") -> Dictionary:
     except ValidationError as err:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
         raise ArtifactError(f"this SAELens SAE has settings that cannot be followed: {faults}") from err
+    if model is None:
+        refuse_unbound(ours)
     ours.load_state_dict({name: value.detach().clone() for name, value in sae.state_dict().items()})
-    return ours.to(sae.device).eval().requires_grad_(False)
+    ours = ours.to(sae.device).eval().requires_grad_(False)
+    return ours if model is None or model == "processed" else for_model(ours, model)
 
 
 def to_sae_lens(dictionary: Dictionary) -> "sae_lens.SAE[Any]":
@@ -115,7 +123,7 @@ def from_release(release: str, sae_id: str) -> Dictionary:
             f"{release}/{sae_id} ({at}) cannot be loaded{why}: {said}. "
             "Where there is a network, fetch and save it, and give that folder"
         ) from err
-    ours = from_sae_lens(theirs)
+    ours = from_sae_lens(theirs, model="processed")  # whoever loads it says of which
     ours.cfg.metadata["loaded_from"] = f"sae_lens:{release}/{sae_id}"
     held = try_to_load_from_cache(listed.repo_id, f"{listed.saes_map[sae_id]}/{CFG}")
     if isinstance(held, str) and "snapshots" in (parts := Path(held).parts):
@@ -146,6 +154,6 @@ def from_old_folder(folder: str | Path) -> Dictionary:
     except Exception as err:  # whatever its conversion trips over
         raise ArtifactError(f"{path} was written by SAELens before 6.0 and cannot be converted: {err}") from err
     theirs.cfg.dtype = theirs.cfg.dtype.removeprefix("torch.")
-    ours = from_sae_lens(theirs)
+    ours = from_sae_lens(theirs, model="processed")  # whoever loads it says of which
     ours.cfg.metadata["loaded_format"] = f"SAELens {cfg.get('sae_lens_version') or 'before 6.0'}"
     return ours

@@ -63,7 +63,7 @@ class JumpReLUDictionary(SparseDictionary):
         """ε: the width around a threshold in which the jump's gradient is estimated."""
         return self.objective.bandwidth or 1e-3 * self.cfg.d_in**0.5
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations."""
         pre = self._pre(self._check_input(x))
         return pre.relu() * (pre > self.threshold)

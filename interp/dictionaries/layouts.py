@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from interp.core.errors import ArtifactError, ConfigError, nearest
-from interp.dictionaries.base import CFG, WEIGHTS, Dictionary
+from interp.dictionaries.base import Dictionary
 from interp.dictionaries.circuit_tracer import CONFIG, from_circuit_tracer, layers_in
+from interp.dictionaries.folder import CFG, WEIGHTS
 from interp.dictionaries.foreign import read_settings
 from interp.dictionaries.hub import HubFolder
 from interp.dictionaries.interop import from_old_folder, from_release, release_names

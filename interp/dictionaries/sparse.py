@@ -18,6 +18,7 @@ from interp.dictionaries.initial import first_directions
 from interp.dictionaries.kernels import Codes, Entries, decode_codes
 from interp.dictionaries.objective import Objective, Terms
 from interp.dictionaries.select import Encoder, Score
+from interp.dictionaries.space import Context
 
 __all__ = ["Activity", "SparseDictionary", "revived"]
 
@@ -156,15 +157,18 @@ class SparseDictionary(Dictionary):
         """
         across = self.across
         batch = _without_masked(batch)
-        x = self._check_input(batch.x)
-        target, n_tokens = self._target(batch, x), across.count(len(x))
+        seen = self.seen(batch.x.to(self.W_enc.dtype))
+        x, context = self.space.own(batch.x.to(self.W_enc.dtype))
+        target, n_tokens = self._target(batch, x, context), across.count(len(x))
+        if batch.grad is not None:
+            batch = replace(batch, grad=context.gradient(batch.grad))
         # Counted on a CPU alone: a GPU would have to wait.
         count = across.latents.count(int(dead.sum())) if dead is not None and dead.device.type == "cpu" else None
         dead = None if count == 0 else dead
         few = count is not None and count <= _FEW * self.k_aux
         with_aux = dead is not None and self.terms.aux_coef > 0
         activity = self._activity(x, batch, dead if with_aux and not few else None)
-        rest = across.alike(target - self.b_dec - self._skipped(x))
+        rest = across.alike(target - self.b_dec - self._skipped(seen))
         variance = self._variance(target, n_tokens)
         errors: list[Tensor] = []
         for band in activity.bands(self.W_dec, self._widths()):
@@ -174,7 +178,9 @@ class SparseDictionary(Dictionary):
         none = torch.zeros_like(variance)
         beyond = None
         if batch.beyond is not None:
-            total, beyond = batch.beyond.joined(total, target - errors[-1])
+            made = target - errors[-1]
+            made = self.space.unnormalized(made, context) if self.target_space is self.space else made
+            total, beyond = batch.beyond.joined(total, made)
         penalty, aux = self._penalty(activity, n_tokens), none
         if penalty is not None:
             penalty = across.over_latents(penalty)
@@ -238,6 +244,8 @@ class SparseDictionary(Dictionary):
         generator = torch.Generator().manual_seed(seed)
         for parameter in self._of_input():
             parameter.zero_()
+        x, context = self.space.own(x)
+        target = None if target is None else self._target(Batch(x, target), x, context)
         self.b_dec.copy_((x if target is None else target).double().mean(0))
         mine = self.across.place(self.cfg.d_sae)
         rows = first_directions(x, self.cfg.d_sae, self.objective, generator, place=mine).to(self.W_enc)
@@ -252,7 +260,8 @@ class SparseDictionary(Dictionary):
         if self.has_skip:
             self.W_skip.zero_()
         self._begin()
-        x, goal = self._check_input(x), x if target is None else target
+        goal = x if target is None else target
+        x = x.to(self.W_enc.dtype)
         y = self.across.over_latents(self._activity(x, Batch(x), None).decoded(self.W_dec)).double()
         power = y.pow(2).sum()
         # Of what is constant nothing is left to fit.
@@ -282,6 +291,11 @@ class SparseDictionary(Dictionary):
     def fold_scale(self, scale: float, target_scale: float | None = None) -> None:
         """Turn a dictionary of `scale · x` into the same one of `x`, its latents divided by `scale`, in place."""
         out = scale if target_scale is None else target_scale
+        if self.space.normalize != "none" and scale != 1:
+            raise ConfigError(
+                f"a scale of {scale:g} cannot be folded into a dictionary that normalises each token "
+                f"({self.space.normalize}) before; train with normalize {self.space.normalize!r} or 'none'"
+            )
         # ReLU, TopK and thresholds commute with a positive factor.
         for parameter in self._of_input():
             parameter.div_(scale)
@@ -290,6 +304,50 @@ class SparseDictionary(Dictionary):
             self.W_dec.mul_(scale / out)
         if self.has_skip:
             self.W_skip.mul_(scale / out)
+
+    @torch.no_grad()
+    def fold_whitening(
+        self,
+        mean: Float[Tensor, "d_in"],
+        forward: Float[Tensor, "d_in d_in"],
+        back: Float[Tensor, "d_in d_in"],
+        *,
+        target_scale: float = 1.0,
+    ) -> None:
+        """Turn a dictionary of (x − mean) · forward into the same one of x, its latents unchanged, in place.
+
+        What an SAE reconstructs was whitened with its input; a transcoder's target was multiplied by `target_scale`.
+        Decoder rows then have other norms. Sums are in fp64.
+
+        Args:
+            mean: of the activations.
+            forward: the map that made them white.
+            back: its inverse.
+            target_scale: of what a transcoder reconstructs.
+
+        Raises:
+            ConfigError: tokens are normalised one by one besides.
+        """
+        if self.space.normalize != "none":
+            raise ConfigError(f"whitening cannot be folded into a dictionary that has {self.space.normalize} besides")
+        mean, forward, back = (part.double() for part in (mean, forward, back))
+        self.W_enc.copy_(forward @ self.W_enc.double())
+        if self._centre is None:
+            self._move_pre(-(mean @ self.W_enc.double()))
+        if self.target_space is self.space:
+            self.W_dec.copy_(self.W_dec.double() @ back)
+            self.b_dec.copy_(self.b_dec.double() @ back + mean)
+            return
+        if self.has_skip:
+            self.W_skip.copy_(self.W_skip.double() @ forward.T)
+            self.b_dec.copy_(self.b_dec.double() - mean @ self.W_skip.double().T)
+            self.W_skip.div_(target_scale)
+        self.W_dec.div_(target_scale)
+        self.b_dec.div_(target_scale)
+
+    def _move_pre(self, shift: Float[Tensor, "d_sae"]) -> None:
+        """Add to what pre-activations are without their bias."""
+        self._bias.add_(shift.to(self._bias.dtype))
 
     @torch.no_grad()
     def fold_decoder_norm(self) -> None:
@@ -307,7 +365,17 @@ class SparseDictionary(Dictionary):
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
-        """Return the activations that some latents stand for."""
+        """Return the activations that some latents stand for, flat.
+
+        Raises:
+            ConfigError: that depends on the activation; `reconstructed` takes it too.
+        """
+        made = self.decode_own(latents)
+        # What a transcoder gives never depends on how its input was seen.
+        return self.target_space.alone(made) if self.target_space is self.space else self.target_space.unfixed(made)
+
+    def decode_own(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_out"]:
+        """Return what some latents stand for in the space of the weights; what an architecture changes."""
         return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def _encoder(self, *, score: Score | None = None, dead: Tensor | None = None) -> Encoder:
@@ -323,8 +391,11 @@ class SparseDictionary(Dictionary):
         centre = self._centre
         return (x if centre is None else x - centre) @ self.W_enc + self._bias
 
-    def _target(self, batch: Batch, x: Tensor) -> Tensor:
-        target = x if batch.target is None else batch.target.to(x.dtype)
+    def _target(self, batch: Batch, x: Tensor, context: Context) -> Tensor:
+        target = x
+        if batch.target is not None:
+            target = self.target_seen(batch.target.to(x.dtype))
+            target = context.normalized(target) if self.target_space is self.space else target
         if target.shape != (len(x), self.d_out):
             raise ShapeError(
                 f"targets of shape {tuple(target.shape)} for a dictionary that gives {self.d_out} dimensions of "

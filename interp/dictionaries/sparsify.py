@@ -9,7 +9,8 @@ from typing import Any
 
 from interp.core.disk import appear
 from interp.core.errors import ArtifactError
-from interp.dictionaries.base import CFG, Dictionary
+from interp.dictionaries.base import Dictionary
+from interp.dictionaries.folder import CFG
 from interp.dictionaries.foreign import RAW_MODEL, assembled, read_settings, read_tensors, vacant, whole_number
 from interp.dictionaries.topk import TopKSAE
 from interp.dictionaries.topk_transcoder import TopKTranscoder

@@ -79,7 +79,7 @@ class ReLUDictionary(SparseDictionary):
             # The error grows with ‖x‖², latents with ‖x‖: this weighs them alike at every width.
             self.terms = replace(self.terms, sparsity=_SPARSITY * cfg.d_in**0.5)
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations."""
         return self._pre(self._check_input(x)).relu()
 

@@ -57,17 +57,19 @@ class TopKSAE(SparseDictionary, SAE):
         super().at(done)
         self.k_now = self.objective.k_at(done, self.cfg.k, self.cfg.d_sae)
 
-    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch d_sae"]:
         """Return the latents of some activations; at most k are positive, the others are 0."""
         pre = self._pre(self._check_input(x))
         pre = pre * self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
         values, index = pre.topk(self.cfg.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, index, values.relu())
 
-    def decode(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """Return the activations that some latents stand for."""
+    def decode_own(self, latents: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Return what some latents stand for in the space of the weights."""
         latents = latents.to(self.W_dec.dtype)
-        return super().decode(latents / self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else latents)
+        return super().decode_own(
+            latents / self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else latents
+        )
 
     def _activity(self, x: Tensor, batch: Batch, dead: Tensor | None) -> Activity:
         codes, revived = encode_topk(x, self._encoder(score=self._score(batch), dead=dead), k=self.k_now)
@@ -83,6 +85,24 @@ class TopKSAE(SparseDictionary, SAE):
 
     def _importance(self, pre: Tensor, W_dec: Tensor, batch: Batch) -> Tensor:
         return pre * W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else pre
+
+    def fold_whitening(
+        self,
+        mean: Float[Tensor, "d_in"],
+        forward: Float[Tensor, "d_in d_in"],
+        back: Float[Tensor, "d_in d_in"],
+        *,
+        target_scale: float = 1.0,
+    ) -> None:
+        """Turn an SAE of whitened activations into the same one of activations, in place; see `SparseDictionary`.
+
+        Where latents were chosen by the norm of their decoder rows, that norm is folded into them first: whitened rows
+        have other norms, and the choice must stay.
+        """
+        if self.cfg.rescale_acts_by_decoder_norm:
+            self.fold_decoder_norm()
+            self.set_cfg(self.cfg.model_copy(update={"rescale_acts_by_decoder_norm": False}))
+        super().fold_whitening(mean, forward, back, target_scale=target_scale)
 
     def fold_decoder_norm(self) -> None:
         """Multiply each latent by the norm of its decoder row, which becomes 1; reconstructions stay as they are.

@@ -11,7 +11,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError, DataError
 from interp.core.site import Site
 from interp.data.tokens import TokenSource
-from interp.evaluate.reading import counted_blocks
+from interp.evaluate.reading import counted_blocks, side_by_side, site_width
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -38,13 +38,20 @@ class PCA:
         """Numbers per token."""
         return len(self.components)
 
-    def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch rank"]:
-        """Return the coordinates of some activations along the components, signed."""
+    def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch rank"]:
+        """Return the coordinates of some activations along the components, signed; heads are taken side by side."""
+        x = x if x.shape[-1] == len(self.mean) else x.flatten(-2)
         return (x.to(self.mean.dtype) - self.mean) @ self.components.T
 
     def decode(self, latents: Float[Tensor, "*batch rank"]) -> Float[Tensor, "*batch d"]:
         """Return the activations that some coordinates stand for."""
         return latents @ self.components + self.mean
+
+    def reconstructed(
+        self, latents: Float[Tensor, "*batch rank"], x: Float[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape"]:
+        """Return the activations that some coordinates stand for, in the shape of x."""
+        return self.decode(latents).view_as(x)
 
 
 def fit_pca(
@@ -63,7 +70,7 @@ def fit_pca(
     Args:
         hm: the manager of the model.
         tokens: text to fit on; not the text that the figures are measured on.
-        site: a site of shape [batch pos d].
+        site: a site of shape [batch pos d], or q, k, v or z, whose heads are taken side by side.
         rank: numbers per token, such as the k of a TopK dictionary.
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
@@ -76,14 +83,14 @@ def fit_pca(
         DataError: the text has fewer than two tokens that count.
     """
     place = Site(site)
-    d = int(hm.atlas.shape(place)[-1])
+    d = site_width(hm, place)
     if not 1 <= rank <= d:
         raise ConfigError(f"rank={rank}: {place.short} has {d} dimensions, so expected 1 … {d}")
     total = torch.zeros(d, dtype=torch.float64, device=hm.device)
     squares = torch.zeros(d, d, dtype=torch.float64, device=hm.device)
     shift, n = torch.zeros_like(total), 0
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="fitting a PCA"):
-        x = hm.run(block.inputs, read=[place], logits="none")[place.name]
+        x = side_by_side(hm.run(block.inputs, read=[place], logits="none")[place.name], place)
         rows = x.flatten(0, 1).index_select(0, keep.flatten().nonzero().flatten().to(x.device)).double()
         shift = rows.mean(0) if n == 0 else shift
         rows = rows - shift

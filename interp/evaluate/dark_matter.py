@@ -221,8 +221,8 @@ def _errors(dictionary: Dictionary, x: Tensor) -> Iterator[tuple[Tensor, Tensor,
     if not bool(x.isfinite().all()):
         raise DataError(f"{int((~x.isfinite()).any(-1).sum())} of {len(x)} activations are NaN or infinite; find where")
     for part, latents in encoded_in_parts(dictionary, x[:, None]):
-        near = dictionary.decode(latents)[:, 0]
-        rows = x[part]
+        near = dictionary.reconstructed_seen(latents, x[part][:, None])[:, 0]
+        rows = dictionary.seen(x[part])
         if near.shape != rows.shape:
             raise ShapeError(f"the dictionary reads {rows.shape[-1]} dimensions and gives {near.shape[-1]}; not an SAE")
         if not bool(near.isfinite().all()):

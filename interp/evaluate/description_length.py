@@ -231,12 +231,13 @@ def _measured(samples: Samples, dictionary: Dictionary, epsilon: float, sample_t
     sample = torch.cat([x.to(dictionary.W_dec.device) for x, _ in _first(samples, sample_tokens)])
     quantiser.choose(sample, epsilon)
     count = _Count(dictionary.cfg.d_sae)
-    sums = _Sums(sample.double().mean(0))
+    seen = dictionary.seen(sample).double()
+    sums = _Sums(seen.mean(0))
     for x, unit in _after(samples, sample_tokens):
         number = torch.zeros(len(x), dtype=torch.long) if unit is None else unit.cpu()
-        for rows, latents, part in quantiser.encoded(x):
-            cells = quantiser.cells(latents)
-            near, after = dictionary.decode(latents), dictionary.decode(quantiser.values(latents, cells))
+        for raw, latents, part in quantiser.encoded(x):
+            cells, rows = quantiser.cells(latents), dictionary.seen(raw).double()
+            near, after = (dictionary.reconstructed_seen(z, raw) for z in (latents, quantiser.values(latents, cells)))
             sums.add(rows, near, after, (latents != 0).sum(1), number[part])
             count.add(latents != 0, cells, number[part])
     if not sums.n:
@@ -246,7 +247,7 @@ def _measured(samples: Samples, dictionary: Dictionary, epsilon: float, sample_t
         )
     _, _, missed, added, spread = sums.groups().sum(0).tolist()
     fvu, extra = missed / spread, added / spread
-    wide = sample.double() - sample.double().mean(0)
+    wide = seen - seen.mean(0)
     dense = _dense_bits(wide, epsilon)
     found = {"epsilon": epsilon, "step": quantiser.step, "unit": samples.unit, "fvu": fvu, "extra_fvu": extra}
     found |= {"dense_bits": dense, "dense_bits_matched": _dense_bits(wide, fvu + epsilon)}
@@ -278,14 +279,14 @@ class _Quantiser:
         self.notes: list[str] = []
 
     def encoded(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
-        """A few tokens at a time: x in fp64, latents, and which tokens they are."""
+        """A few tokens at a time: x, latents, and which tokens they are."""
         x = x.to(self.dictionary.W_dec.device)
         if not bool(x.isfinite().all()):
             raise DataError(f"{int((~x.isfinite()).any(-1).sum())} of {len(x)} activations are NaN or infinite")
         for part, latents in encoded_in_parts(self.dictionary, x[:, None]):
             if not bool(latents.isfinite().all()):
                 raise DataError("latents are NaN or infinite at finite activations; is the dictionary damaged?")
-            yield x[part].double(), latents[:, 0], part
+            yield x[part], latents[:, 0], part
 
     def cells(self, latents: Float[Tensor, "token d_sae"]) -> Int[Tensor, "token d_sae"]:
         """The cell of each latent; meaningless where it is 0. A latent that writes nothing has one cell."""
@@ -301,7 +302,8 @@ class _Quantiser:
 
     def choose(self, x: Float[Tensor, "token d"], epsilon: float) -> None:
         """Set the coarsest step that adds at most epsilon of the variance; see `description_length_of`."""
-        spread = float((x.double() - x.double().mean(0)).pow(2).sum())
+        seen = self.dictionary.seen(x).double()
+        spread = float((seen - seen.mean(0)).pow(2).sum())
         if not spread > 0:
             raise DataError(f"the activation is the same at all {len(x)} tokens of the sample; give other text")
         largest = max(float((z.double().abs() * self.norms).max()) for _, z, _ in self.encoded(x))
@@ -317,9 +319,10 @@ class _Quantiser:
 
     def _added(self, x: Tensor) -> float:
         total = 0.0
-        for rows, latents, _ in self.encoded(x):
-            plain = self.dictionary.decode(latents)
-            near = self.dictionary.decode(self.values(latents, self.cells(latents)))
+        for raw, latents, _ in self.encoded(x):
+            rows = self.dictionary.seen(raw).double()
+            plain = self.dictionary.reconstructed_seen(latents, raw)
+            near = self.dictionary.reconstructed_seen(self.values(latents, self.cells(latents)), raw)
             total += float((rows - near).pow(2).sum() - (rows - plain).pow(2).sum())
         return total
 

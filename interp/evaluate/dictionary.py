@@ -15,13 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
-from interp.core.intervention import Ablate, Intervention, Replace, Splice
+from interp.core.intervention import Intervention, Replace, Splice
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.core.where import Where
 from interp.data.tokens import TokenBlock, TokenSource
 from interp.dictionaries.base import Dictionary, Transcoder
-from interp.evaluate.reading import counted_blocks, encoded_in_parts
+from interp.dictionaries.processed import check_bound
+from interp.dictionaries.space import has_heads
+from interp.evaluate.reading import counted_blocks, encoded_in_parts, side_by_side, site_width
 
 if TYPE_CHECKING:
     import pandas
@@ -181,7 +183,9 @@ def evaluate_dictionary(
 
     The text is run twice: once up to the site for L0, what is missed and the mean, once for the variance and the
     losses. Of a transcoder, what is missed, replaced and ablated is its target. Special tokens are left out: their
-    activations are neither counted nor replaced. Sums are kept in fp64.
+    activations are neither counted nor replaced. Sums are kept in fp64. Of a dictionary of a processed model, errors
+    and zeros are those of the processed activation, as SAELens has them; the losses are the raw model's, which are the
+    same.
     Memory, in bytes: the logits of two forwards of one block, about 256 MiB for the latents of a part of it and what
     is made of them, and 150 for each row of text.
 
@@ -189,7 +193,7 @@ def evaluate_dictionary(
         hm: the manager of the model.
         dictionary: a dictionary of raw activations, on the model's device.
         tokens: text that the dictionary was not trained on.
-        site: what the dictionary reads, of shape [batch pos d_in].
+        site: what the dictionary reads, of shape [batch pos d_in], or q, k, v or z, [batch pos n_heads d_head].
         target: what a transcoder reconstructs, [batch pos d_out]; None takes the one it was trained on.
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
         pca: a baseline of an SAE that is measured on the same tokens (see `fit_pca`), for one more forward per block.
@@ -211,10 +215,10 @@ def evaluate_dictionary(
     moments = _Moments(dictionary, pca)
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: activations"):
         run = hm.run(block.inputs, read=[place, gives], logits="none")
-        moments.add(run[place.name], run[gives.name], block.mask, keep)
+        moments.add(side_by_side(run[place.name], place), side_by_side(run[gives.name], gives), block.mask, keep)
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
-    losses = _Losses(hm, dictionary, place, gives, moments.mean, pca)
+    losses = _Losses(hm, dictionary, place, gives, moments, pca)
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: losses"):
         losses.add(block, keep)
     settings = {
@@ -250,15 +254,17 @@ def place_of(hm: "HookManager", dictionary: Dictionary, site: str | Site | None 
         site: None takes the one it was trained on, from its metadata.
 
     Raises:
-        ConfigError: no site is known, it has heads or another width, or the dictionary is on another device.
+        ConfigError: no site is known, it has no vector per token or another width, the dictionary is on another device,
+            or it is of a processed model and was not made for this one.
     """
     known = site if site is not None else dictionary.cfg.metadata.get("hook_name")
     if known is None:
         raise ConfigError("the dictionary does not say where it was trained; give site='3.resid_post', or another")
     place, d_in = Site(known), dictionary.cfg.d_in
-    if len(place.axes) != 3 or place.where is not None:
+    if (len(place.axes) != 3 and not has_heads(place)) or place.where is not None:
         raise ConfigError(f"{place} has axes {place.axes}; a dictionary reads one vector a token: try 3.resid_post")
-    width = hm.atlas.shape(place)[-1]
+    check_bound(dictionary, hm)
+    width = site_width(hm, place)
     if width != d_in:
         raise ConfigError(f"the dictionary has d_in {d_in}, {place.short} of {hm.name} is {width} wide; another model?")
     if dictionary.W_enc.device != hm.device:
@@ -289,7 +295,7 @@ def target_of(hm: "HookManager", dictionary: Dictionary, place: Site, target: st
     if known is None:
         raise ConfigError("the transcoder does not say what it reconstructs; give target='3.mlp_out', or another")
     gives = Site(known)
-    if len(gives.axes) != 3 or hm.atlas.shape(gives)[-1] != dictionary.d_out:
+    if (len(gives.axes) != 3 and not has_heads(gives)) or site_width(hm, gives) != dictionary.d_out:
         raise ConfigError(
             f"the transcoder gives {dictionary.d_out} dimensions, {gives.short} of {hm.name} is "
             f"{' × '.join(map(str, hm.atlas.shape(gives)[2:]))}; another site or model?"
@@ -318,6 +324,7 @@ class _Moments:
         self.dictionary, self.pca, device = dictionary, pca, dictionary.W_enc.device
         self.n, self.rows = 0, _Rows()
         self.sum = torch.zeros(dictionary.d_out, dtype=torch.float64, device=device)
+        self.seen = torch.zeros_like(self.sum)
         self.firing = torch.zeros(dictionary.cfg.d_sae, dtype=torch.long, device=device)
 
     @torch.no_grad()
@@ -330,51 +337,68 @@ class _Moments:
     ) -> None:
         self.n += int(keep.sum())
         real, keep = real.to(x.device), keep.to(x.device)
+        seen = self.dictionary.target_seen(target.double())
         self.sum += target.double().masked_fill(~keep[..., None], 0).sum((0, 1))
+        self.seen += seen.masked_fill(~keep[..., None], 0).sum((0, 1))
         for part, latents in encoded_in_parts(self.dictionary, x):
-            mine, counted, active = target[part].double(), keep[part], latents > 0
+            mine, counted, active = seen[part], keep[part], latents > 0
             self.firing += (active & counted[..., None]).sum((0, 1))
             one = torch.ones_like(counted, dtype=torch.float64)
             self.rows.add("tokens", one, counted)
             self.rows.add("tokens_all", one, real[part])
             self.rows.add("active", active.sum(-1), counted)
             self.rows.add("active_all", active.sum(-1), real[part])
-            self.rows.add(
-                "missed", (mine - self.dictionary.reconstructed(latents, x[part]).double()).pow(2).sum(-1), counted
-            )
+            made = self.dictionary.reconstructed_seen(latents, x[part]).double()
+            self.rows.add("missed", (mine - made).pow(2).sum(-1), counted)
             if self.pca is not None:
-                near = self.pca.decode(self.pca.encode(x[part])).double()
+                near = self.dictionary.target_seen(self.pca.decode(self.pca.encode(x[part])).double())
                 self.rows.add("missed_pca", (mine - near).pow(2).sum(-1), counted)
 
     @property
     def mean(self) -> Float[Tensor, "d_in"]:
+        """Of the activation itself."""
         return self.sum / self.n
+
+    @property
+    def mean_seen(self) -> Float[Tensor, "d_in"]:
+        """Of what errors are measured in."""
+        return self.seen / self.n
 
 
 class _Losses:
     """The model's loss under each replacement, and the variance about the mean, summed by row."""
 
     def __init__(
-        self, hm: "HookManager", dictionary: Dictionary, reads: Site, site: Site, mean: Tensor, pca: Baseline | None
+        self,
+        hm: "HookManager",
+        dictionary: Dictionary,
+        reads: Site,
+        site: Site,
+        moments: _Moments,
+        pca: Baseline | None,
     ) -> None:
-        self.hm, self.dictionary, self.reads, self.site, self.mean, self.pca = hm, dictionary, reads, site, mean, pca
-        self.rows = _Rows()
+        self.hm, self.dictionary, self.reads, self.site, self.pca = hm, dictionary, reads, site, pca
+        self.rows, self.mean_seen = _Rows(), moments.mean_seen
+        features = hm.atlas.shape(site)[2:]
+        zero = dictionary.target_space.unfixed(torch.zeros_like(moments.mean))
+        self.mean, self.zero = (x.view(*features).to(hm.dtype) for x in (moments.mean, zero))
 
     def add(self, block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
         where = Where(mask=keep)
         clean = self.hm.run(block.inputs, read=list({self.reads, self.site}), logits="all")
         x = clean[self.site.name]
-        self.rows.add("variance", (x.double() - self.mean).pow(2).sum(-1), keep.to(x.device))
+        seen = self.dictionary.target_seen(side_by_side(x, self.site).double())
+        self.rows.add("variance", (seen - self.mean_seen).pow(2).sum(-1), keep.to(x.device))
         stands_in: Intervention = Splice(self.site, self.dictionary, where=where)
         if self.reads != self.site:
             made = torch.no_grad()(self.dictionary)(clean[self.reads.name])
-            stands_in = Replace(self.site, made.to(x.dtype), where=where)
+            stands_in = Replace(self.site, made.to(x.dtype).view_as(x), where=where)
         writes: dict[str, Intervention | None] = {
             "clean": None,
             "sae": stands_in,
-            "zero": Ablate(self.site, "zero", where=where),
-            "mean": Replace(self.site, self.mean.to(self.hm.dtype), where=where),
-            "everywhere": Ablate(self.site, "zero"),
+            "zero": Replace(self.site, self.zero, where=where),
+            "mean": Replace(self.site, self.mean, where=where),
+            "everywhere": Replace(self.site, self.zero),
         }
         if self.pca is not None:
             writes["pca"] = Splice(self.site, self.pca, where=where)

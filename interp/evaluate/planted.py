@@ -274,7 +274,7 @@ class _Counts:
         self.tokens: list[Tensor] = []
 
     def add(self, x: Float[Tensor, "token d"], codes: Tensor, latents: Float[Tensor, "token d_sae"]) -> None:
-        near = self.dictionary.decode(latents).double()
+        near = self.dictionary.reconstructed(latents, x).double()
         if not bool(near.isfinite().all()):
             raise DataError("the dictionary's reconstruction is NaN or infinite at finite activations; is it damaged?")
         active, on = latents != 0, codes > 0

@@ -1,6 +1,7 @@
 """Text as a dictionary is looked at on it: blocks of tokens with those that count, latents of a few rows at a time."""
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,14 +9,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.errors import DataError
+from interp.core.site import Site
 from interp.data.tokens import Cursor, TokenBlock, TokenSource, token_bar, watched_blocks
 from interp.dictionaries.base import Dictionary
+from interp.dictionaries.space import has_heads
 from interp.testbed.text import LabelledTokens
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["Reading", "counted_blocks", "encoded_in_parts"]
+__all__ = ["Reading", "counted_blocks", "encoded_in_parts", "side_by_side", "site_width"]
 
 _MOST_LATENTS = 1 << 24  # so many numbers of [token d_sae] at once: 64 MiB in fp32
 _ROWS = 32  # labelled rows per forward
@@ -94,6 +97,16 @@ def counted_blocks(
         keep = block.mask & ~block.special
         if bool(keep.any()):
             yield block, keep
+
+
+def side_by_side(x: Float[Tensor, "row pos *features"], site: Site) -> Float[Tensor, "row pos d"]:
+    """Return a site's activations as one vector per token: heads of q, k, v and z side by side."""
+    return x.flatten(2) if has_heads(site) else x
+
+
+def site_width(hm: "HookManager", site: Site) -> int:
+    """Return the width of a site's vector, heads side by side."""
+    return prod(hm.atlas.shape(site)[2:]) if has_heads(site) else int(hm.atlas.shape(site)[-1])
 
 
 def encoded_in_parts(

@@ -51,7 +51,7 @@ class Samples:
             for block, keep in counted_blocks(tokens, max_tokens, doing=doing):
                 x = hm.run(block.inputs, read=[place], logits="none")[place.name]
                 at = keep.flatten().nonzero()[:, 0].to(x.device)
-                yield x.flatten(0, 1).index_select(0, at), at // keep.shape[1] + rows
+                yield x.flatten(0, 1).index_select(0, at).flatten(1), at // keep.shape[1] + rows
                 rows += len(keep)
 
         return Samples(parts, "row", str(tokens.documents.describe()))

@@ -24,7 +24,7 @@ from interp.dictionaries.base import Dictionary
 from interp.evaluate.contexts import Contexts
 from interp.evaluate.dictionary import place_of
 from interp.evaluate.matching import label_matches
-from interp.evaluate.reading import Reading, encoded_in_parts
+from interp.evaluate.reading import Reading, encoded_in_parts, side_by_side
 
 if TYPE_CHECKING:
     import pandas
@@ -59,7 +59,8 @@ class TopExamples(Result):
         doc: index of its document in the text.
         pos: position of its middle token in the document.
         raised, lowered: tokens whose logits a unit of the latent raises or lowers most; none off the residual stream.
-        raised_by, lowered_by: by how much, at σ = 1, against the mean over the vocabulary.
+        raised_by, lowered_by: by how much, at σ = 1, against the mean over the vocabulary; where the dictionary
+            normalises tokens, at a deviation of 1.
         label: what the latent matches best: "token 'x'", or a label's value where the text has labels; "" for nothing.
         f1, precision, recall: of "the latent is positive" for that.
         chance: largest F1 that anything reached in 20 shuffles of the tokens against the activations.
@@ -207,7 +208,7 @@ def top_examples(
         chosen = _checked(wanted, dictionary)
     watch = _Watch(chosen.to(hm.device), dictionary.cfg.d_sae, n_examples, context)
     for block, keep, labels in text.blocks("looking at latents"):
-        x = hm.run(block.inputs, read=[place], logits="none")[place.name]
+        x = side_by_side(hm.run(block.inputs, read=[place], logits="none")[place.name], place)
         for part, active in encoded_in_parts(dictionary, x):
             columns = {name: codes[part] for name, codes in labels.items()}
             rows = replace(block, position_ids=None, **{name: getattr(block, name)[part] for name in _COLUMNS})
@@ -243,7 +244,7 @@ def _scan(
     firing = torch.zeros(dictionary.cfg.d_sae, dtype=torch.long, device=hm.device)
     largest = firing.float()
     for block, keep, _ in text.blocks("choosing latents"):
-        x = hm.run(block.inputs, read=[place], logits="none")[place.name]
+        x = side_by_side(hm.run(block.inputs, read=[place], logits="none")[place.name], place)
         for part, active in encoded_in_parts(dictionary, x):
             active = active.float().masked_fill(~keep[part][..., None].to(x.device), 0)
             firing += (active > 0).sum((0, 1))
@@ -277,7 +278,7 @@ def _writes(
         for some in chosen.split(64):
             unit = torch.zeros(len(some), dictionary.cfg.d_sae, device=hm.device, dtype=dictionary.W_dec.dtype)
             unit[torch.arange(len(some)), some] = 1
-            rows = dictionary.decode(unit) - dictionary.decode(torch.zeros_like(unit))
+            rows = dictionary.decode_own(unit) - dictionary.decode_own(torch.zeros_like(unit))
             effect = effect_on_logits(hm, rows).cpu() if listed else torch.zeros(len(some), 1)
             parts.append((*effect.topk(listed), *(-effect).topk(listed)))
     up, raised, down, lowered = (torch.cat(column) for column in zip(*parts, strict=True))

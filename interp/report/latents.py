@@ -54,7 +54,8 @@ def show_latents(
     if out.tokens is None or out.mask is None:
         raise DataError("this forward was given embeddings, so there are no tokens to show; give text or tokens")
     with torch.no_grad():
-        encoded = dictionary.encode(out[place.name].to(dictionary.W_enc.device))
+        # Heads side by side.
+        encoded = dictionary.encode(out[place.name].flatten(2).to(dictionary.W_enc.device))
     tokens, mask, special = out.tokens.cpu(), out.mask.cpu(), hm.special_mask(out.tokens).cpu()
     words = [token_names(hm, row[real]) for row, real in zip(tokens, mask, strict=True)]
     views = []

@@ -1,6 +1,7 @@
 """What a training reads: its text, the sites of the model, and the store of their activations."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from interp.data.remotefolder import RemoteFolder
 from interp.data.store import ActivationStore
 from interp.data.tokens import TokenSource
 from interp.dictionaries.across import ALONE, Across
+from interp.dictionaries.space import has_heads
 from interp.train.config import TrainConfig
 from interp.train.downstream import RowBatches
 from interp.train.text import token_source
@@ -33,7 +35,7 @@ def tokens_of(cfg: TrainConfig, hm: HookManager, part: Part) -> TokenSource:
 
 
 def vector_site(name: str, shapes: Mapping[Site, Any]) -> tuple[Site, int]:
-    """A site that has one vector for each token, and its width.
+    """A site that has one vector for each token, and its width; heads of q, k, v and z side by side count as one.
 
     Raises:
         ConfigError: the model has no such site, or it has more than a vector.
@@ -42,6 +44,8 @@ def vector_site(name: str, shapes: Mapping[Site, Any]) -> tuple[Site, int]:
     if site not in shapes:
         near = ", ".join(s.short for s in shapes if s.kind == site.kind) or "`interp sites MODEL` lists what it has"
         raise ConfigError(f"this model has no site {site.short}; {near}")
+    if has_heads(site):
+        return site, int(prod(shapes[site][2:]))
     if len(site.axes) != 3:
         raise ConfigError(f"{site.short} has axes {site.axes}; a dictionary reads one vector a token: try 3.resid_post")
     return site, int(shapes[site][-1])

@@ -25,7 +25,8 @@ class Training:
         steps: optimiser steps taken.
         tokens: tokens seen.
         stopped: True when it was asked to stop before its end.
-        scale: what activations were multiplied by while training; folded into the weights.
+        scale: what activations were multiplied by while training; folded into the weights. 1 where they were whitened,
+            which is folded too, or normalised one by one.
         target_scale: the same of what is reconstructed, where that is another site's.
         seconds: wall time since the fit was made.
         last: the last line of metrics.

@@ -78,8 +78,10 @@ class TrainOptions(Settings):
         gt=0,
         description="tokens without firing after which a latent is dead; by default a tenth of all, at most 10M",
     )
-    normalize: bool = Field(
-        default=True, description="train on activations scaled to mean norm √d_in (folded when saved)"
+    normalize: Literal["none", "mean_norm", "layer_norm", "whiten"] = Field(
+        default="mean_norm",
+        description="what is done to activations first: scaled to mean norm √d_in; each token centred and divided by "
+        "its deviation (which cannot be folded: the dictionary goes on doing it); whitened (folded when saved)",
     )
     log_every: int = Field(default=50, gt=0, description="steps between two lines of metrics")
     checkpoint_every: int | None = Field(
@@ -99,6 +101,11 @@ class TrainOptions(Settings):
         description="processes of torchrun that hold one dictionary together, each so many of its latents; of several "
         "such groups, as of several processes with 1, each takes its part of every batch",
     )
+
+    @field_validator("normalize", mode="before")
+    @classmethod
+    def _was_a_switch(cls, value: Any) -> Any:
+        return {True: "mean_norm", False: "none"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainOptions":
@@ -252,6 +259,11 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"dictionary.form is {self.dictionary.form!r} and target is {'given' if given else 'not given'}: a "
                 "transcoder needs the site that it reconstructs, an SAE has none but its own"
+            )
+        if self.dictionary.form == "skip_transcoder" and self.train.normalize == "layer_norm":
+            raise ValueError(
+                "train.normalize layer_norm: the bypass of a skip transcoder reads activations that are not "
+                "normalised; use mean_norm or whiten"
             )
         return self
 

@@ -23,7 +23,7 @@ from typing import Any
 from interp.core.disk import atomic_write, clear_drafts, write_json
 from interp.core.errors import ArtifactError
 from interp.core.settings import read_yaml
-from interp.dictionaries.base import CFG, WEIGHTS
+from interp.dictionaries.folder import CFG, WEIGHTS
 from interp.train.checkpoint import STEP_NAMES, SavedState, StateFolder
 
 __all__ = [

@@ -17,6 +17,7 @@ from interp.data.store import Batch, BatchStream, StreamState
 from interp.data.tune import refuse_long_rows
 from interp.dictionaries.across import ALONE
 from interp.dictionaries.base import Dictionary
+from interp.dictionaries.heads import reading
 from interp.evaluate.baseline import PCA, fit_pca
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
 from interp.train.activations import check_store, open_store, tokens_of, vector_site
@@ -56,7 +57,7 @@ class Member:
         self.cfg = followed(cfg, d_in, d_out).sized(d_in)
         self.start = started(self.cfg)
         made = self.cfg.dictionary.make(d_in, d_out) if self.start is None else self.start.dictionary
-        made.join(world.across)  # before it is on the device, which may not hold the whole
+        reading(made, self.site).join(world.across)  # before it is on the device, which may not hold the whole
         self.dictionary = made.to(hm.device)
         shown = self.site.name if self.target is None else f"{self.site.name} → {self.target.name}"
         shown, again = f"{name} {shown}".strip(), self.start is not None
@@ -122,6 +123,7 @@ class Member:
             self.dictionary.across = ALONE
             return self.dictionary
         made = self.cfg.dictionary.make(self.dictionary.cfg.d_in, self.dictionary.d_out)
+        made.set_cfg(self.dictionary.cfg)
         made.load_state_dict({name.removeprefix("weights."): value for name, value in tensors.items()})
         # On the CPU: it was split because a device may not hold it.
         return made.eval().requires_grad_(False)

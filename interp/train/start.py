@@ -9,8 +9,9 @@ import torch
 from interp.core.disk import digest
 from interp.core.errors import ConfigError
 from interp.core.site import Site
-from interp.dictionaries.base import Dictionary, read_cfg
+from interp.dictionaries.base import Dictionary
 from interp.dictionaries.batchtopk import BatchTopKDictionary, BatchTopKSAE, BatchTopKTranscoder
+from interp.dictionaries.folder import read_cfg
 from interp.dictionaries.topk import GradientTopKSAE
 from interp.train.config import TrainConfig
 

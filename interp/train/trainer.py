@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from interp.core.errors import ConfigError, DataError
 from interp.data.store import Batch
-from interp.dictionaries.base import Dictionary, Losses
+from interp.dictionaries.base import Dictionary, Losses, Transcoder
 from interp.train.average import WeightAverage
 from interp.train.checkpoint import random_states, restore_random_states
 from interp.train.common import Training, TrainingError, deterministic, own_randomness
 from interp.train.config import TrainOptions
+from interp.train.normalization import Whitening, normalize_at_run_time
 from interp.train.optimizers import default_lr, make_stepper
 from interp.train.start import bring_to_norm
 from interp.train.world import gathered, own_part
@@ -102,6 +103,8 @@ class DictionaryFit:
         self.average = None if options.ema is None else WeightAverage(options.ema)
         self.steps, self.tokens, self.lr_now = 0, 0, 0.0
         self.scale = self.target_scale = 1.0
+        self.whitening: Whitening | None = None
+        normalize_at_run_time(dictionary, options.normalize, trained=trained)
         self.last_fired = torch.zeros(dictionary.W_enc.shape[1], dtype=torch.long, device=self.device)
         self.first_bad = torch.full((), -1, dtype=torch.long, device=self.device)
         self.sums = torch.zeros(4, device=self.device)
@@ -162,7 +165,11 @@ class DictionaryFit:
         """Say what the fit came to; the dictionary is then the average, if one is kept, and of raw activations."""
         if self.average is not None:
             self.average.give(self.dictionary)
-        self.dictionary.fold_scale(self.scale, self.target_scale)
+        if self.whitening is None:
+            self.dictionary.fold_scale(self.scale, self.target_scale)
+        else:
+            white = self.whitening
+            self.dictionary.fold_whitening(white.mean, white.forward, white.back, target_scale=self.target_scale)
         self.dictionary.eval().requires_grad_(False)
         return Training(
             steps=self.steps,
@@ -192,6 +199,7 @@ class DictionaryFit:
         found |= {} if self.average is None else self.average.tensors()
         found |= {"sums": self.sums, "last_fired": self.last_fired}
         found |= {"beyond_sum": self.beyond_sum} if self.beyond else {}
+        found |= {} if self.whitening is None else self.whitening.tensors()
         return gathered(self.across, found)
 
     @torch.no_grad()
@@ -200,6 +208,7 @@ class DictionaryFit:
         tensors = own_part(self.across, tensors)
         self.steps, self.tokens, self.reported = (int(record[name]) for name in ("steps", "tokens", "reported"))
         self.scale, self.target_scale = float(record["scale"]), float(record["target_scale"])
+        self.whitening = Whitening.from_tensors(tensors, self.device)
         self.lr_now, self.last = float(record["lr_now"]), dict(record["last"])
         self.resumed_at = self.marked_tokens = self.tokens
         for name, value in self.dictionary.state_dict().items():
@@ -215,7 +224,7 @@ class DictionaryFit:
         self._random = {name: value for name, value in tensors.items() if name.startswith("rng.")}
 
     def begin(self, first: Sequence[Batch]) -> None:
-        """Take the scale from the first batches, which are trained on afterwards, and draw the first weights.
+        """Take scale or whitening from the first batches, which are trained on afterwards; draw the first weights.
 
         Raises:
             DataError: there are none.
@@ -227,16 +236,20 @@ class DictionaryFit:
         sample = self._sample("x")
         assert sample is not None
         target = self._sample("target")
-        if self.options.normalize:
-            self.scale = self._scale_of(sample)
-            self.target_scale = self.scale if target is None else self._scale_of(target)
+        how = self.options.normalize
+        if how == "mean_norm":
+            self.scale = self.target_scale = self._scale_of(sample)
+        if how == "whiten":
+            self.whitening = Whitening.of(sample)
+        if how != "none" and target is not None:
+            self.target_scale = self._scale_of(target)
         if self.trained:
             self.dictionary.fold_scale(1 / self.scale, 1 / self.target_scale)
             bring_to_norm(self.dictionary)
             return
         given = None if target is None else target * self.target_scale
         self.dictionary.across = self.across.of_latents()  # each has the whole sample
-        self.dictionary.init_from(sample * self.scale, seed=self.seed, target=given)
+        self.dictionary.init_from(self._input(sample), seed=self.seed, target=given)
         self.dictionary.across = self.across
 
     def restore_randomness(self) -> None:
@@ -271,10 +284,10 @@ class DictionaryFit:
     def step(self, batch: Batch) -> None:
         """One optimiser step."""
         self.dictionary.at(self.tokens / self.options.tokens)
-        x = self._scaled(batch.x, self.scale)
+        x = self._input(batch.x)
         target = None if batch.target is None else self._scaled(batch.target, self.target_scale)
-        grad = None if batch.grad is None else self._scaled(batch.grad, 1 / self.scale)
-        beyond = None if batch.beyond is None else batch.beyond.of_scaled(self.target_scale)
+        grad = None if batch.grad is None else self._gradient(batch.grad)
+        beyond = None if batch.beyond is None else batch.beyond.of(self._output)
         given = replace(batch, x=x, target=target, grad=grad, beyond=beyond)
         losses = self.dictionary.loss(given, dead=self._dead())
         losses.total.backward()
@@ -293,6 +306,20 @@ class DictionaryFit:
     def rows(self, batch: Batch) -> int:
         """How many rows a batch has in all processes."""
         return len(batch.x) * self.across.tokens.size
+
+    def _input(self, x: Tensor) -> Tensor:
+        scaled = self._scaled(x, self.scale)
+        return scaled if self.whitening is None else self.whitening.white(scaled)
+
+    def _output(self, made: Tensor) -> Tensor:
+        """A reconstruction as the model's own activation."""
+        if self.whitening is not None and not isinstance(self.dictionary, Transcoder):
+            return self.whitening.raw(made)
+        return made / self.target_scale
+
+    def _gradient(self, grad: Tensor) -> Tensor:
+        scaled = self._scaled(grad, 1 / self.scale)
+        return scaled if self.whitening is None else self.whitening.gradient(scaled)
 
     def _scaled(self, x: Tensor, scale: float) -> Tensor:
         # From pinned memory nothing waits for the copy; the conversion is the device's.

@@ -358,7 +358,7 @@ def test_a_dry_run_estimates_and_writes_nothing(
         (["--site", "1.residpost"], "did you mean 'resid_post'"),
         (["--config", "nothing.yaml"], "no config file nothing.yaml"),
         (["nothing.yaml"], "no config file nothing.yaml"),
-        (["--train.no-normalize", "nothing.yaml"], "no config file nothing.yaml"),
+        (["--train.normalize=whiten", "nothing.yaml"], "no config file nothing.yaml"),
         (["a.yaml", "--config=b.yaml"], "one config file is read, got a.yaml and b.yaml"),
         (["--force", "--resume"], "give one of them"),
     ],
@@ -376,7 +376,7 @@ def test_bad_usage_exits_with_2_and_says_what_is_wrong(
     ("extra", "message"),
     [
         (["--site", "9.resid_post"], "no site 9.resid_post; 0.resid_post, 1.resid_post"),
-        (["--site", "1.z"], "one vector a token"),
+        (["--site", "1.pattern"], "one vector a token"),
         (["--data", "nothing.jsonl"], "no file or folder nothing.jsonl"),
         (["--text.field", "story"], "its fields are: text"),
         (["--text.hold-out-every", "400"], "'held_out' part"),

@@ -347,7 +347,7 @@ def test_what_cannot_be_looked_at_is_refused() -> None:
     with pytest.raises(DataError, match="does not say where"):
         show_latents(hm, unknown, "w1", 1)
     with pytest.raises(ConfigError, match="one vector a token"):
-        place_of(hm, sae, "1.z")
+        place_of(hm, sae, "1.pattern")
     with pytest.raises(ConfigError, match="another model"):
         place_of(hm, sae, "1.mlp.hook_post")
     assert place_of(hm, sae) == Site(EMBEDDED)

@@ -95,6 +95,6 @@ def test_what_has_no_counterpart_is_refused() -> None:
     with pytest.raises(ArtifactError, match="'matching_pursuit' has no counterpart"):
         from_sae_lens(MatchingPursuitSAE(MatchingPursuitSAEConfig(d_in=4, d_sae=8, residual_threshold=0.1)))
     theirs = to_sae_lens(random_sae({}))
-    theirs.cfg.normalize_activations = "layer_norm"
-    with pytest.raises(ArtifactError, match="normalize_activations='layer_norm'"):
+    theirs.cfg.normalize_activations = "expected_average_only_in"
+    with pytest.raises(ArtifactError, match="does not hold that factor"):
         from_sae_lens(theirs)

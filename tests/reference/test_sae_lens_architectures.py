@@ -13,7 +13,8 @@ from torch import Tensor
 
 from interp.core.errors import ArtifactError
 from interp.data.store import Batch
-from interp.dictionaries.base import ARCHITECTURES, Dictionary
+from interp.dictionaries.base import Dictionary
+from interp.dictionaries.folder import ARCHITECTURES
 from interp.dictionaries.interop import from_sae_lens, to_sae_lens
 from tests.dictionaries import D_IN, D_SAE, batch_for, gradients, make, off
 
@@ -145,8 +146,8 @@ def test_what_has_no_counterpart_is_refused() -> None:
         from_sae_lens(AbsTopKSAE(AbsTopKSAEConfig(d_in=8, d_sae=16, k=2)))
     with pytest.raises(ArtifactError, match="StandardTrainingSAE is still in training"):
         from_sae_lens(StandardTrainingSAE(StandardTrainingSAEConfig(d_in=4, d_sae=8)))
-    with pytest.raises(ArtifactError, match="normalize_activations='layer_norm'"):
-        from_sae_lens(StandardSAE(StandardSAEConfig(d_in=4, d_sae=8, normalize_activations="layer_norm")))
+    with pytest.raises(ArtifactError, match="does not hold the whitening"):
+        from_sae_lens(StandardSAE(StandardSAEConfig(d_in=4, d_sae=8, normalize_activations="covariance_whitening")))
 
 
 # -- training losses --------------------------------------------------------------------------------------------------

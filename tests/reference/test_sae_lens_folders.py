@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from interp.core.errors import ArtifactError, ConfigError
-from interp.dictionaries.base import ARCHITECTURES, SAE, Dictionary, why_not
+from interp.dictionaries.base import SAE, Dictionary
+from interp.dictionaries.folder import ARCHITECTURES, why_not
 from interp.dictionaries.interop import from_sae_lens, release_names
 from tests.dictionaries import make
 

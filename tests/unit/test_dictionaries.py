@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from interp.core.errors import ArtifactError, ConfigError
 from interp.data.store import Batch
 from interp.dictionaries import standard
-from interp.dictionaries.base import CFG, SAE, WEIGHTS, Dictionary, Transcoder
+from interp.dictionaries.base import SAE, Dictionary, Transcoder
+from interp.dictionaries.folder import CFG, WEIGHTS
 from interp.dictionaries.kernels import encode_dense
 from interp.dictionaries.options import DictionaryOptions
 from tests.dictionaries import (

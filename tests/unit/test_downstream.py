@@ -73,7 +73,7 @@ def test_the_reconstruction_that_it_is_given_is_that_of_all_latents_in_the_targe
         seen.append(y.detach())
         return y.sum()
 
-    losses = made.loss(replace(batch, beyond=Beyond(look).of_scaled(4.0)))
+    losses = made.loss(replace(batch, beyond=Beyond(look).of(lambda made: made / 4.0)))
     error = (batch.x - 4 * seen[0]).pow(2).sum()
     assert float(losses.fvu) == pytest.approx(float(error / (batch.x - batch.x.mean(0)).pow(2).sum()))
     assert float(losses.beyond) == pytest.approx(float(seen[0].sum()))

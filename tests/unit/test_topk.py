@@ -308,7 +308,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
             SAE.load(folder)
 
     refuses({"architecture": "topkk"}, "did you mean 'topk'")
-    refuses({"normalize_activations": "layer_norm"}, "normalize_activations")
+    refuses({"normalize_activations": "layer_nrom"}, "normalize_activations")
     refuses({"k": 41}, "more than the 40 latents")
     refuses({"d_sae": 41}, r"holds .* its cfg\.json says")
     (folder / "cfg.json").write_text(json.dumps(cfg))
