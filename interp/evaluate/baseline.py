@@ -38,6 +38,10 @@ class PCA:
         """Numbers per token."""
         return len(self.components)
 
+    def truncated(self, rank: int) -> "PCA":
+        """Return the same with fewer components: what a fit of that rank gives, to the bit."""
+        return PCA(mean=self.mean, components=self.components[:rank].contiguous(), variances=self.variances)
+
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch rank"]:
         """Return the coordinates of some activations along the components, signed."""
         return (x.to(self.mean.dtype) - self.mean) @ self.components.T

@@ -1,0 +1,244 @@
+"""The sums that figures of dictionaries are ratios of: by row of text, with what several dictionaries share made once.
+
+A sum is what it would be for one dictionary alone, to the bit: nothing is added in another order or in other parts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from interp.core.intervention import Ablate, Intervention, Replace, Splice
+from interp.core.run import Run
+from interp.core.site import Site
+from interp.core.where import Where
+from interp.data.tokens import TokenBlock
+from interp.dictionaries.base import Dictionary
+from interp.evaluate.reading import encoded_in_parts, rows_at_once
+
+if TYPE_CHECKING:
+    from interp.core.manager import HookManager
+
+__all__ = ["Baseline", "LossSums", "MomentSums", "RowSums", "Subject"]
+
+
+@runtime_checkable
+class Baseline(Protocol):
+    """A reconstruction to hold a dictionary against, of as many numbers per token, such as `PCA`."""
+
+    @property
+    def rank(self) -> int:
+        """Numbers per token."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the numbers of some activations."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the activations that they stand for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A dictionary at the sites where it is measured.
+
+    Attributes:
+        dictionary: on the model's device.
+        reads: the site that it reads.
+        gives: the site that it reconstructs; of an SAE, the same.
+        pca: a baseline of an SAE, measured on the same tokens.
+    """
+
+    dictionary: Dictionary
+    reads: Site
+    gives: Site
+    pca: Baseline | None = None
+
+
+class RowSums:
+    """Sums of every row of text, in fp64 on the host."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Append the sums over the positions of one block that the mask counts.
+
+        Args:
+            name: of the sum.
+            values: what is summed [row pos].
+            mask: what counts of it [row pos].
+        """
+        self._parts.setdefault(name, []).append(values.double().masked_fill(~mask, 0).sum(-1).cpu())
+
+    def joined(self) -> dict[str, Float[Tensor, "row"]]:
+        """Name → the sums of all rows."""
+        return {name: torch.cat(parts) for name, parts in self._parts.items()}
+
+
+class MomentSums:
+    """What needs no logits: sums over tokens in fp64, on the model's device, and over rows.
+
+    Args:
+        subjects: the dictionaries.
+        rows: most rows per block.
+        width: positions per row.
+    """
+
+    def __init__(self, subjects: Sequence[Subject], *, rows: int, width: int) -> None:
+        self.subjects, self.n = subjects, 0
+        # Products of other parts have other bits, and how large parts are depends on the dictionary.
+        self._step = [min(rows, rows_at_once(s.dictionary, width)) for s in subjects]
+        device = subjects[0].dictionary.W_enc.device
+        self.sites = list(dict.fromkeys(site for s in subjects for site in (s.reads, s.gives)))
+        self._own = [RowSums() for _ in subjects]
+        self._pca: dict[tuple[Site, int, int], RowSums] = {}
+        self._sum = {
+            s.gives: torch.zeros(s.dictionary.d_out, dtype=torch.float64, device=device) for s in self.subjects
+        }
+        self.firing = [torch.zeros(s.dictionary.cfg.d_sae, dtype=torch.long, device=device) for s in subjects]
+
+    @torch.no_grad()
+    def add(self, run: Run, block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
+        """Take in one block.
+
+        Args:
+            run: the model on it, with `sites` read.
+            block: its tokens.
+            keep: which of them count.
+        """
+        self.n += int(keep.sum())
+        for site, total in self._sum.items():
+            x = run[site.name]
+            total += x.double().masked_fill(~keep.to(x.device)[..., None], 0).sum((0, 1))
+        done: set[tuple[Site, int, int]] = set()
+        for number, subject in enumerate(self.subjects):
+            x, target = run[subject.reads.name], run[subject.gives.name]
+            self._add_one(number, x, target, block.mask.to(x.device), keep.to(x.device))
+            if subject.pca is not None and (key := self._key(number)) not in done:
+                done.add(key)
+                self._add_pca(self._pca.setdefault(key, RowSums()), subject.pca, x, keep.to(x.device), key[-1])
+
+    def mean(self, site: Site) -> Float[Tensor, "d_out"]:
+        """The mean of a site that is reconstructed."""
+        return self._sum[site] / self.n
+
+    def rows(self, number: int) -> dict[str, Float[Tensor, "row"]]:
+        """The sums of one dictionary, by its number."""
+        beside = {} if self.subjects[number].pca is None else self._pca[self._key(number)].joined()
+        return {**self._own[number].joined(), **beside}
+
+    def _add_one(self, number: int, x: Tensor, target: Tensor, real: Tensor, keep: Tensor) -> None:
+        dictionary, rows = self.subjects[number].dictionary, self._own[number]
+        for part, latents in encoded_in_parts(dictionary, x):
+            mine, counted, active = target[part].double(), keep[part], latents > 0
+            self.firing[number] += (active & counted[..., None]).sum((0, 1))
+            one = torch.ones_like(counted, dtype=torch.float64)
+            rows.add("tokens", one, counted)
+            rows.add("tokens_all", one, real[part])
+            rows.add("active", active.sum(-1), counted)
+            rows.add("active_all", active.sum(-1), real[part])
+            rows.add("missed", (mine - dictionary.reconstructed(latents, x[part]).double()).pow(2).sum(-1), counted)
+
+    def _add_pca(self, rows: RowSums, pca: Baseline, x: Tensor, keep: Tensor, step: int) -> None:
+        for start in range(0, len(x), step):
+            part = slice(start, start + step)
+            near = pca.decode(pca.encode(x[part])).double()
+            rows.add("missed_pca", (x[part].double() - near).pow(2).sum(-1), keep[part])
+
+    def _key(self, number: int) -> tuple[Site, int, int]:
+        subject = self.subjects[number]
+        return subject.reads, id(subject.pca), self._step[number]
+
+
+class LossSums:
+    """The model's loss under each replacement, and the variance about the mean, summed by row.
+
+    The model's own loss is taken once for all dictionaries; ablations once for each site that is reconstructed, and a
+    baseline's loss once for each baseline.
+
+    Args:
+        hm: the manager of the model.
+        subjects: the dictionaries.
+        mean: site → its mean, of every site that is reconstructed.
+    """
+
+    def __init__(self, hm: "HookManager", subjects: Sequence[Subject], mean: Mapping[Site, Tensor]) -> None:
+        self.hm, self.subjects, self.mean = hm, subjects, mean
+        self._all, self._own = RowSums(), [RowSums() for _ in subjects]
+        self._site = {site: RowSums() for site in mean}
+        self._pca = {self._key(s): RowSums() for s in subjects if s.pca is not None}
+
+    def add(self, block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
+        """Take in one block.
+
+        Args:
+            block: its tokens.
+            keep: which of them count.
+        """
+        where, part = Where(mask=keep), _Predictions(self.hm, block, keep)
+        sites = list(dict.fromkeys(site for s in self.subjects for site in (s.reads, s.gives)))
+        clean = self.hm.run(block.inputs, read=list(sites), logits="all")
+        part.known = _logprobs(clean.logits)
+        part.count(self._all)
+        part.losses(self._all, "clean", part.known)
+        for site, rows in self._site.items():
+            x, mean = clean[site.name], self.mean[site]
+            rows.add("variance", (x.double() - mean).pow(2).sum(-1), keep.to(x.device))
+            part.write(rows, "zero", Ablate(site, "zero", where=where))
+            part.write(rows, "mean", Replace(site, mean.to(self.hm.dtype), where=where))
+            part.write(rows, "everywhere", Ablate(site, "zero"))
+        done: set[tuple[Site, int]] = set()
+        for subject, rows in zip(self.subjects, self._own, strict=True):
+            stands_in: Intervention = Splice(subject.gives, subject.dictionary, where=where)
+            if subject.reads != subject.gives:
+                made = torch.no_grad()(subject.dictionary)(clean[subject.reads.name])
+                stands_in = Replace(subject.gives, made.to(clean[subject.gives.name].dtype), where=where)
+            part.write(rows, "sae", stands_in, divergence=True)
+            if subject.pca is not None and (key := self._key(subject)) not in done:
+                done.add(key)
+                part.write(self._pca[key], "pca", Splice(subject.gives, subject.pca, where=where))
+
+    def rows(self, number: int) -> dict[str, Float[Tensor, "row"]]:
+        """The sums of one dictionary, by its number."""
+        subject = self.subjects[number]
+        found = {**self._all.joined(), **self._site[subject.gives].joined(), **self._own[number].joined()}
+        return found if subject.pca is None else {**found, **self._pca[self._key(subject)].joined()}
+
+    @staticmethod
+    def _key(subject: Subject) -> tuple[Site, int]:
+        return subject.gives, id(subject.pca)
+
+
+class _Predictions:
+    """The predictions of one block that count, and the model's own log-probabilities of them."""
+
+    known: Float[Tensor, "row next d_vocab"]
+
+    def __init__(self, hm: "HookManager", block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
+        self.hm, self.block = hm, block
+        self.ours = (keep[:, :-1] & keep[:, 1:]).to(hm.device)
+        self.score = (keep[:, :-1] & block.mask[:, 1:]).to(hm.device)
+        self.targets = block.ids[:, 1:].to(hm.device)
+
+    def count(self, rows: RowSums) -> None:
+        one = torch.ones_like(self.ours, dtype=torch.float64)
+        rows.add("n", one, self.ours)
+        rows.add("n_score", one, self.score)
+
+    def losses(self, rows: RowSums, name: str, logprobs: Tensor) -> None:
+        loss = -logprobs.gather(-1, self.targets[..., None])[..., 0]
+        rows.add(name, loss, self.ours)
+        rows.add(f"score_{name}", loss, self.score)
+
+    def write(self, rows: RowSums, name: str, edit: Intervention, *, divergence: bool = False) -> None:
+        logprobs = _logprobs(self.hm.run(self.block.inputs, write=[edit], logits="all").logits)
+        self.losses(rows, name, logprobs)
+        if divergence:
+            rows.add("kl", (self.known.exp() * (self.known - logprobs)).sum(-1), self.ours)
+
+
+def _logprobs(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row next d_vocab"]:
+    return logits[:, :-1].float().log_softmax(-1)
