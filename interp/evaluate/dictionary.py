@@ -64,6 +64,8 @@ class DictionaryEvaluation(Result):
         ce_loss_score: SAELens' figure of that name: zeros at every token, special ones included, and predictions of
             special tokens counted.
         kl: KL(clean ‖ with reconstruction).
+        kl_recovered: 1 − kl / KL(clean ‖ with zeros).
+        kl_recovered_mean: the same against mean ablation.
         dead: share of latents that were never positive on these tokens.
         firing: on how many tokens each latent was positive.
         intervals: figure → 95 % interval (low, high), over rows; NaN where there is one row only.
@@ -91,6 +93,8 @@ class DictionaryEvaluation(Result):
     ce_recovered_mean: float
     ce_loss_score: float
     kl: float
+    kl_recovered: float
+    kl_recovered_mean: float
     dead: float
     firing: Int[Tensor, "d_sae"]
     intervals: dict[str, tuple[float, float]]
@@ -282,6 +286,8 @@ def _ratios(rows: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         **plain,
         "ce_recovered": (zero - rows["sae"], zero - rows["clean"]),
         "ce_recovered_mean": (mean - rows["sae"], mean - rows["clean"]),
+        "kl_recovered": (rows["kl_zero"] - rows["kl"], rows["kl_zero"]),
+        "kl_recovered_mean": (rows["kl_mean"] - rows["kl"], rows["kl_mean"]),
         "ce_loss_score": (score - rows["score_sae"], score - rows["score_clean"]),
     }
 

@@ -187,8 +187,8 @@ class LossSums:
         for site, rows in self._site.items():
             x, mean = clean[site.name], self.mean[site]
             rows.add("variance", (x.double() - mean).pow(2).sum(-1), keep.to(x.device))
-            part.write(rows, "zero", Ablate(site, "zero", where=where))
-            part.write(rows, "mean", Replace(site, mean.to(self.hm.dtype), where=where))
+            part.write(rows, "zero", Ablate(site, "zero", where=where), divergence="kl_zero")
+            part.write(rows, "mean", Replace(site, mean.to(self.hm.dtype), where=where), divergence="kl_mean")
             part.write(rows, "everywhere", Ablate(site, "zero"))
         done: set[tuple[Site, int]] = set()
         for subject, rows in zip(self.subjects, self._own, strict=True):
@@ -196,7 +196,7 @@ class LossSums:
             if subject.reads != subject.gives:
                 made = torch.no_grad()(subject.dictionary)(clean[subject.reads.name])
                 stands_in = Replace(subject.gives, made.to(clean[subject.gives.name].dtype), where=where)
-            part.write(rows, "sae", stands_in, divergence=True)
+            part.write(rows, "sae", stands_in, divergence="kl")
             if subject.pca is not None and (key := self._key(subject)) not in done:
                 done.add(key)
                 part.write(self._pca[key], "pca", Splice(subject.gives, subject.pca, where=where))
@@ -233,11 +233,11 @@ class _Predictions:
         rows.add(name, loss, self.ours)
         rows.add(f"score_{name}", loss, self.score)
 
-    def write(self, rows: RowSums, name: str, edit: Intervention, *, divergence: bool = False) -> None:
+    def write(self, rows: RowSums, name: str, edit: Intervention, *, divergence: str = "") -> None:
         logprobs = _logprobs(self.hm.run(self.block.inputs, write=[edit], logits="all").logits)
         self.losses(rows, name, logprobs)
         if divergence:
-            rows.add("kl", (self.known.exp() * (self.known - logprobs)).sum(-1), self.ours)
+            rows.add(divergence, (self.known.exp() * (self.known - logprobs)).sum(-1), self.ours)
 
 
 def _logprobs(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row next d_vocab"]:
