@@ -184,18 +184,32 @@ _LENGTH = (
 
 _FOUND = "Values that are found where F1 ≥ 0.8"
 _LABELS = (
-    ("labels_tested", "Values tested", "Values of the world's labels with 30 tokens or more in each half.", "", 0),
+    (
+        "labels_tested",
+        "Values tested",
+        "Values of labels, and pairs of a role with another label, with 30 tokens or more in each half.",
+        "",
+        0,
+    ),
     (
         "labels_found",
         "Values found",
-        "Label values that a latent, chosen on other rows, finds with F1 ≥ 0.8 and well above chance.",
+        "Label values that a latent and a level of it, chosen on other rows, find with F1 ≥ 0.8, well above chance.",
         "higher",
         0,
     ),
+    ("labels_found_single", "… of one label", "Those of them that are no pair of two labels.", "higher", 0),
     (
         "labels_found_in_context",
         "… in context",
         "Those of them that no set of tokens finds: the token alone does not tell.",
+        "higher",
+        0,
+    ),
+    (
+        "labels_found_positive",
+        "… at any activation",
+        "Those of them that are found by where the latent is positive, without a level.",
         "higher",
         0,
     ),

@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 __all__ = ["UNKNOWN_NOISE", "Evaluations", "Rows"]
 
 UNKNOWN_NOISE = "noise between seeds is unknown: train with --sweep.seed 0 1 2 3 4 (5 or more are advised)"
-_MAIN = ("l0", "fvu", "ce_recovered", "kl", "dead", "mmcs_seeds", "linear_share", "bits", "labels_found", "planted_f1")
+_MAIN = (
+    "l0",
+    "fvu",
+    "ce_recovered",
+    "kl",
+    "dead",
+    "pca_fvu",
+    "pca_ce_recovered",
+    "mmcs_seeds",
+    "linear_share",
+    "bits",
+    "labels_found",
+    "planted_f1",
+)
 _DRAWN = ("fvu", "ce_recovered", "bits", "labels_found", "planted_f1")
 # They compare seeds with one another: they have no noise between seeds of their own.
 _OF_PAIRS = "seeds"

@@ -1,8 +1,8 @@
 """Which labels of the small world a dictionary's latents find: the truth about every token of its text is known.
 
-A label's latent is chosen on one half of the rows and scored on the other: the best of a thousand latents is too good
-on the tokens that it was chosen by. Beside it stand what labels of other rows reach, what as many directions of other
-kinds reach that fire as often, and what the token alone tells.
+A label's latent, and the level above which it counts as firing, are chosen on one half of the rows and scored on the
+other: the best of a thousand latents is too good on the tokens that it was chosen by. Beside it stand what labels of
+other rows reach, what as many directions of other kinds reach that fire as often, and what the token alone tells.
 """
 
 import importlib
@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["CONTROLS", "LabelScores", "label_scores", "of_the_world"]
 
 CONTROLS = ("shuffled", "random", "pca", "tokens")
+LEVELS = (0.0, 0.25, 0.5)
 _FOUND, _ABOVE_CHANCE = 0.8, 0.2
 _SHIFTS, _DRAWS = 5, 200
+_PAIRED, _KINDS, _ROLES, _SAME = "role", ("task", "function", "gender", "number", "sentiment", "topic"), 64, 0.95
 _DIRECTIONS = 64  # directions whose values on all tokens are held at once
 
 
@@ -52,16 +54,19 @@ class LabelScores(Result):
         n_fit: tokens of the rows that latents were chosen on.
         n_tokens: tokens of the rows that they were scored on.
         n_rows: how many those are; the independent units of the intervals.
-        names: label and value, such as "role place".
+        names: label and value, such as "role place"; or two, such as "role output, function plural".
+        pair: whether it is of two labels.
         count: scored tokens that have it.
         latent: the latent that says it best, on the tokens to choose by.
+        level: above which share of its largest activation there it counts as firing: 0, a quarter or a half.
         f1: 2 · hits / (tokens on which it fires + tokens that have the value), on the scored tokens.
         precision: hits / tokens on which it fires.
         recall: hits / tokens that have the value.
         low, high: 95 % interval of `f1`, by the delta method over rows.
         chosen_f1: F1 on the tokens to choose by, which is too high.
         shuffled: the largest F1 in five repetitions with the labels of other rows, latents chosen anew.
-        random: F1 of as many random directions, each firing as often as a latent, chosen and scored alike.
+        random: F1 of as many random directions as there are latents and levels, each firing as often as one of them,
+            chosen and scored alike.
         pca: the same of principal components, with both signs.
         tokens: F1 of the best set of tokens, from the tokens to choose by: what can be told without context.
         found_interval: 95 % interval of the number of found values, from 200 bootstrap samples of the rows.
@@ -73,8 +78,10 @@ class LabelScores(Result):
     n_tokens: int
     n_rows: int
     names: list[str]
+    pair: Bool[Tensor, "value"]
     count: Int[Tensor, "value"]
     latent: Int[Tensor, "value"]
+    level: Float[Tensor, "value"]
     f1: Float[Tensor, "value"]
     precision: Float[Tensor, "value"]
     recall: Float[Tensor, "value"]
@@ -103,8 +110,10 @@ class LabelScores(Result):
         return {
             "labels_tested": float(len(self.names)),
             "labels_found": float(self.found.sum()),
+            "labels_found_single": float((self.found & ~self.pair).sum()),
             "labels_found_in_context": float(self.in_context.sum()),
             "labelled_latents": float(len(self.latent[self.found].unique())),
+            "labels_found_positive": float((self.found & (self.level == 0)).sum()),
             "label_f1": float(self.f1.mean()),
             **controls,
         }
@@ -114,7 +123,19 @@ class LabelScores(Result):
         import pandas as pd
 
         order = self.f1.argsort(descending=True, stable=True)
-        columns = ("count", "latent", "f1", "low", "high", "precision", "recall", "chosen_f1", *CONTROLS, "found")
+        columns = (
+            "count",
+            "latent",
+            "level",
+            "f1",
+            "low",
+            "high",
+            "precision",
+            "recall",
+            "chosen_f1",
+            *CONTROLS,
+            "found",
+        )
         held = {name: getattr(self, name)[order].tolist() for name in columns}
         return pd.DataFrame({"label": [self.names[i] for i in order.tolist()], **held})
 
@@ -192,7 +213,9 @@ def label_scores(
 
     In this world every word is one token, and a label that holds for a passage is on each of its tokens; so F1 is over
     tokens, and a latent that fires once in a passage does not find what the passage is. Labels "template" and
-    "held_out" are left out, and so is "open". Memory, in bytes: 4 · tokens · (d_in + 64) and 16 for each firing.
+    "held_out" are left out, and so is "open". Beside single labels stand pairs of a role with a task, function, gender,
+    number, sentiment or topic, unless a pair is about the same as one of its two.
+    Memory, in bytes: 4 · tokens · (d_in + 64), and 16 for each firing at each level.
 
     Args:
         hm: the manager of a model of the small world.
@@ -210,7 +233,7 @@ def label_scores(
         DataError: fewer than four rows, or no value with enough tokens.
 
     Source: F1 of a latent for an attribute as in Makelov et al. 2024 (2405.08366). Departures: chosen and scored on
-    different text; the controls.
+    different text; three levels of firing, for weak activations say less; the controls.
     """
     place = place_of(hm, dictionary, site)
     if labelled.ids.ndim != 2 or len(labelled.ids) < 4:
@@ -233,9 +256,11 @@ def label_scores(
         n_fit=int(text.fit.sum()),
         n_tokens=int((~text.fit).sum()),
         n_rows=found.hits.shape[1],
-        names=[value_name(name, value) for name, value in values],
+        names=[_name(name, value) for name, value in values],
+        pair=torch.tensor(["+" in name for name, _ in values]),
         count=found.has.sum(1).long(),
-        latent=found.unit,
+        latent=found.unit % dictionary.cfg.d_sae,
+        level=torch.tensor(LEVELS)[found.unit // dictionary.cfg.d_sae],
         f1=f1,
         precision=found.hits.sum(1) / found.fires.sum(1).clamp_min(1),
         recall=found.hits.sum(1) / found.has.sum(1).clamp_min(1),
@@ -256,16 +281,16 @@ def label_scores(
 def _read(hm: "HookManager", dictionary: Dictionary, labelled: LabelledTokens, place: Site) -> tuple[_Tokens, _Units]:
     """Run the text once; labels of other rows are those of rows that are a whole number of pairs further on."""
     rows = len(labelled.ids) // 2 * 2
-    grid = named_labels({name: codes[:rows] for name, codes in labelled.labels.items()})
+    grid = _with_pairs(named_labels({name: codes[:rows] for name, codes in labelled.labels.items()}))
     cut = LabelledTokens(labelled.ids[:rows], {})
     reading, n = Reading(hm, cut, cut.ids.numel()), 0
-    kept, xs, fired = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
+    kept, xs, fired = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor, Tensor]]()
     for block, keep, _ in reading.blocks("matching labels"):
         x = hm.run(block.inputs, read=[place], logits="none")[place.name]
         for part, latents in encoded_in_parts(dictionary, x):
-            active = latents[keep[part].to(x.device)] > 0
-            token, unit = active.nonzero().T.cpu()
-            fired.append((token + n, unit))
+            active = latents[keep[part].to(x.device)].float().cpu()
+            token, unit = (active > 0).nonzero().T
+            fired.append((token + n, unit, active[token, unit]))
             n += len(active)
         xs.append(x[keep.to(x.device)].float().cpu())
         kept.append(keep)
@@ -274,8 +299,36 @@ def _read(hm: "HookManager", dictionary: Dictionary, labelled: LabelledTokens, p
     shifted = [{name: codes.roll(shift, 0)[keep] for name, codes in grid.items()} for shift in shifts]
     row = torch.arange(rows)[:, None].expand_as(keep)[keep]
     labels = {name: codes[keep] for name, codes in grid.items()}
-    token, unit = (torch.cat(column) for column in zip(*fired, strict=True))
-    return _Tokens(cut.ids[keep], row, torch.cat(xs), labels, shifted), _Units(token, unit, dictionary.cfg.d_sae)
+    text = _Tokens(cut.ids[keep], row, torch.cat(xs), labels, shifted)
+    return text, _levelled(text, *(torch.cat(column) for column in zip(*fired, strict=True)), n=dictionary.cfg.d_sae)
+
+
+def _levelled(text: _Tokens, token: Tensor, latent: Tensor, height: Tensor, *, n: int) -> _Units:
+    """Each latent at each level as a unit: it fires above that share of its largest activation on rows to choose by."""
+    fit = text.fit[token]
+    largest = torch.zeros(n).scatter_reduce(0, latent[fit], height[fit], "amax")
+    above = [height > level * largest[latent] for level in LEVELS]
+    parts = [(token[high], latent[high] + number * n) for number, high in enumerate(above)]
+    tokens, units = (torch.cat(column) for column in zip(*parts, strict=True))
+    return _Units(tokens, units, n * len(LEVELS))
+
+
+def _with_pairs(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The labels, and what a token is in its passage together with each label of what kind it or its passage is."""
+    found = dict(labels)
+    role = labels.get(_PAIRED)
+    for name in _KINDS if role is not None else ():
+        if role is not None and name in labels:
+            both = (role >= 0) & (labels[name] >= 0)
+            found[f"{_PAIRED}+{name}"] = (labels[name] * _ROLES + role).masked_fill(~both, -1)
+    return found
+
+
+def _name(name: str, code: int) -> str:
+    if "+" not in name:
+        return value_name(name, code)
+    first, other = name.split("+")
+    return f"{value_name(first, code % _ROLES)}, {value_name(other, code // _ROLES)}"
 
 
 def _values(text: _Tokens, least: int) -> list[tuple[str, int]]:
@@ -284,7 +337,16 @@ def _values(text: _Tokens, least: int) -> list[tuple[str, int]]:
     for name, codes in text.labels.items():
         width = max(int(codes.max()), 0) + 2
         counts = [torch.bincount(codes[half] + 1, minlength=width)[1:] for half in (text.fit, ~text.fit)]
-        found += [(name, value) for value in (torch.minimum(*counts) >= least).nonzero()[:, 0].tolist()]
+        often = counts[0]
+        for value in (torch.minimum(*counts) >= least).nonzero()[:, 0].tolist():
+            if "+" in name:
+                # A pair that is about the same as one of its two says nothing new.
+                first, other = name.split("+")
+                parts = [(first, value % _ROLES), (other, value // _ROLES)]
+                sizes = [int((text.labels[one][text.fit] == code).sum()) for one, code in parts]
+                if 2 * int(often[value]) > _SAME * (int(often[value]) + min(sizes)):
+                    continue
+            found.append((name, value))
     return found
 
 
@@ -326,14 +388,15 @@ def _by_row(
 def _fired(text: _Tokens, directions: Float[Tensor, "n d"], often: Int[Tensor, "n"]) -> _Units:
     """Directions as units that fire above a threshold, which each passes `often` times on the tokens to choose by."""
     x = text.x - text.x[text.fit].mean(0)
-    parts = []
+    n, parts = int(text.fit.sum()), []
     for first in range(0, len(directions), _DIRECTIONS):
         some = slice(first, first + _DIRECTIONS)
-        height, k = x @ directions[some].T, often[some]
-        ranked = height[text.fit].sort(0, descending=True).values
-        threshold = ranked.gather(0, (k[None] - 1).clamp_min(0))[0].masked_fill(k == 0, math.inf)
-        token, unit = (height >= threshold).nonzero().T
-        parts.append((token, unit + first))
+        height = directions[some] @ x.T
+        known = height[:, text.fit]
+        for number, (row, k) in enumerate(zip(known, often[some].tolist(), strict=True)):
+            if k:
+                token = (height[number] >= row.kthvalue(n + 1 - k).values).nonzero()[:, 0]
+                parts.append((token, torch.full_like(token, first + number)))
     token, unit = (torch.cat(column) for column in zip(*parts, strict=True))
     return _Units(token, unit, len(directions))
 

@@ -75,6 +75,7 @@ def evaluation_page(found: "Evaluations") -> str:
         "charts": list(_charts(found)),
         "labels": [_labels(found, run) for run in _firsts(found) if run in found.labels],
         "facts": _facts(found),
+        "settings": len(set(found.settings)) > 1,
         "noise": any(int(n) > 1 for n in table["n_seeds"]),
         "style": style,
         "style_hash": content_hash(style),
@@ -179,6 +180,7 @@ def _row(
     value = float(first["seed_mean"]) if many and math.isfinite(first["seed_mean"]) else _mean(p.value for p in some)
     half = _mean((p.high - p.low) / 2 for p in some)
     counts = sorted({int(n) for n in rows["n_tokens"]})
+    digits += digits == 0 and many and any(point.value != some[0].value for point in some)
     return {
         "setting": setting,
         "svg": _lane(some, scale, value if many else None, digits),
