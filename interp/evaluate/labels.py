@@ -6,7 +6,6 @@ other rows reach, what as many directions of other kinds reach that fire as ofte
 """
 
 import importlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar

@@ -9,6 +9,7 @@ import torch
 import interp
 from interp.data.tokens import TokenSource
 from interp.dictionaries.base import Dictionary
+from interp.dictionaries.options import DictionaryOptions
 from interp.evaluate.agreement import stability
 from interp.evaluate.baseline import fit_pca
 from interp.evaluate.definitions import DEFINITIONS, PARTS
@@ -18,7 +19,7 @@ from interp.evaluate.every import Trained, evaluate_all, evaluate_planted
 from interp.evaluate.labels import LabelScores, label_scores
 from interp.evaluate.planted import PlantedWorld
 from interp.evaluate.samples import Samples
-from interp.testbed.text import LabelledTokens
+from interp.testbed.text import LabelledTokens, label_values
 from tests.dictionaries import make as make_dictionary
 from tests.families import VOCAB, make, manager, word_tokenizer
 from tests.model.test_page import EMBEDDED, TableSAE
@@ -47,8 +48,8 @@ def source(n: int = 40, seed: int = 0) -> TokenSource:
 
 def dictionary(kind: str, d_in: int, *, seed: int = 0, site: str = SITE.name, target: str | None = None) -> Dictionary:
     options: dict[str, Any] = {"kind": kind, "d_sae": 48, "k": 6} if kind == "topk" else {"kind": kind, "d_sae": 48}
-    form = "sae" if target is None else "transcoder"
-    made: Dictionary = interp.train.config.DictionaryOptions(form=form, **options).make(d_in, d_in)  # type: ignore[attr-defined]
+    options["form"] = "sae" if target is None else "transcoder"
+    made: Dictionary = DictionaryOptions(**options).make(d_in, d_in)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         made.W_enc.copy_(torch.randn(made.W_enc.shape, generator=draw) * 0.3)
@@ -155,7 +156,7 @@ def everything(world: interp.HookManager) -> Evaluations:
 
 
 def test_everything_that_applies_is_measured_and_what_does_not_is_noted(everything: Evaluations) -> None:
-    frame = everything.to_frame()
+    frame: Any = everything.to_frame()
     wanted = {name for name, one in DEFINITIONS.items() if one.part != "planted"}
     assert set(frame[frame["run"] == "s0"]["figure"]) == wanted
     assert {DEFINITIONS[name].part for name in set(frame[frame["run"] == "t"]["figure"])} == {
@@ -176,7 +177,7 @@ def test_agreement_between_seeds_is_that_of_stability(everything: Evaluations, w
     d = world.d_model
     pair = {f"s{i}": dictionary("topk", d, seed=i) for i in range(2)}
     known = stability(pair)
-    frame = everything.to_frame().set_index(["run", "figure"])["value"]
+    frame: Any = everything.to_frame().set_index(["run", "figure"])["value"]
     assert frame["s0", "mmcs_seeds"] == pytest.approx(float(known.mmcs[0, 1]))
     assert frame["s1", "mmcs_seeds"] == pytest.approx(float(known.mmcs[1, 0]))
     assert frame["s0", "matched_cosine_seeds"] == pytest.approx(float(known.matched[0, 1]))
@@ -206,7 +207,7 @@ def test_planted_atoms_are_found_by_their_own_dictionary_and_not_by_another() ->
         made.b_enc, made.b_dec = torch.nn.Parameter(torch.full((16,), -0.01)), torch.nn.Parameter(torch.zeros(24))
     found = evaluate_planted({"right": right, "wrong": wrong}, planted, n_tokens=2000)
     assert set(found.figure) == {n for n, one in DEFINITIONS.items() if one.part in ("planted", "geometry")}
-    frame = found.to_frame().set_index(["run", "figure"])["value"]
+    frame: Any = found.to_frame().set_index(["run", "figure"])["value"]
     for name in ("planted_f1", "planted_mmcs", "planted_precision", "planted_recall"):
         assert frame["right", name] > 0.99 > 0.7 > frame["wrong", name], name
     assert set(PARTS) >= {DEFINITIONS[name].part for name in found.figure}
@@ -239,7 +240,7 @@ def test_a_planted_label_is_found_with_the_f1_of_a_count_by_hand_on_the_other_ro
     role = [name for name in found.names if name.startswith("role") and "," not in name]
     assert len(role) == 5 and found.n_rows == 30
     ours = text.ids[1::2].flatten()
-    named = {name: interp.testbed.text.label_values("role").index(name.split()[1]) for name in role}  # type: ignore[attr-defined]
+    named = {name: label_values("role").index(name.split()[1]) for name in role}
     by_value = {value: at[name] for name, value in named.items()}
     assert float(found.f1[by_value[2]]) == 1 and int(found.latent[by_value[2]]) == 0
     assert float(found.f1[by_value[4]]) == 1 and float(found.level[by_value[4]]) in (0.25, 0.5)

@@ -3,6 +3,7 @@
 import math
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_a_figure_without_a_definition_cannot_be_written() -> None:
 
 def test_the_table_says_what_reseeding_says_and_nothing_where_there_is_one_seed() -> None:
     found = table(FVU)
-    frame = found.to_frame().set_index(["run", "figure"])
+    frame: Any = found.to_frame().set_index(["run", "figure"])
     known = reseed_noise([FVU[name] for name in ("a0", "a1", "a2")])
     mine = frame.loc[("a1", "fvu")]
     assert mine["seed_mean"] == float(known.mean[0]) and mine["seed_sd"] == float(known.sd[0])
@@ -81,7 +82,7 @@ def test_evaluations_join_and_keep_themselves_on_disk(tmp_path: Path) -> None:
     both = joined([one, other], ["a0'", "a0", "a1'", "b0"])
     assert both.runs == ["a0'", "a0", "a1'", "b0"] and both.provenance.model == "model, model'"
     assert list(dict.fromkeys(both.run)) == both.runs and not both.notes
-    frame = both.to_frame().set_index(["run", "figure"])
+    frame: Any = both.to_frame().set_index(["run", "figure"])
     assert frame.loc[("a0'", "fvu")]["value"] == 0.4 and frame.loc[("b0", "fvu")]["value"] == 0.2
     assert joined([one], one.runs) is one
     again = interp.Result.load(both.save(tmp_path / "saved"))
