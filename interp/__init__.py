@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from interp.evaluate.dark_matter import dark_matter
     from interp.evaluate.description_length import description_length
     from interp.evaluate.dictionary import evaluate_dictionary
+    from interp.evaluate.every import evaluate_all
+    from interp.evaluate.labels import label_scores
     from interp.evaluate.pairs import pair_accuracy
     from interp.evaluate.top_examples import top_examples
     from interp.lens.logit_lens import logit_lens
@@ -99,6 +101,8 @@ _NAMES_BY_MODULE = {
     "evaluate.dark_matter": ("dark_matter",),
     "evaluate.description_length": ("description_length",),
     "evaluate.dictionary": ("evaluate_dictionary",),
+    "evaluate.every": ("evaluate_all",),
+    "evaluate.labels": ("label_scores",),
     "evaluate.pairs": ("pair_accuracy",),
     "evaluate.top_examples": ("top_examples",),
     "lens.logit_lens": ("logit_lens",),
@@ -150,8 +154,10 @@ __all__ = [
     "capture",
     "dark_matter",
     "description_length",
+    "evaluate_all",
     "evaluate_dictionary",
     "induction_scores",
+    "label_scores",
     "logit_diff",
     "logit_lens",
     "pair_accuracy",

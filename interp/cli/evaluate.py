@@ -1,142 +1,55 @@
-"""`interp eval`: measure a trained dictionary again, beside a PCA of the same size."""
+"""`interp eval`: measure trained dictionaries in every way that applies, into one table and one page."""
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from interp.cli.lines import refuse, tell
-from interp.core.errors import ArtifactError, ConfigError
+from interp.cli.runs import OpenRun, TextChoice, expanded, open_run, settings_of
+from interp.core.errors import ArtifactError
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
-    from interp.core.site import Site
-    from interp.data.documents import Part
     from interp.data.tokens import TokenSource
-    from interp.dictionaries.base import Dictionary
-    from interp.train.config import TextOptions, TrainConfig
+    from interp.evaluate.evaluations import Evaluations
 
-__all__ = ["EvalOptions", "OpenRun", "RunOptions", "main", "open_run"]
+__all__ = ["EvalOptions", "main"]
 
 _DEFAULT_RANK = 32
+_TABLE, _RECORD, _PAGE, _LABELS = "evaluations.csv", "evaluations.json", "evaluations.html", "labels.csv"
+_ONE = "evaluation.json"
+
+PartName = Literal["core", "geometry", "seeds", "dark_matter", "description_length", "labels"]
 
 
-class RunOptions(BaseModel):
-    """What `eval` and `show` both take."""
+class EvalOptions(TextChoice):
+    """Measure dictionaries on text they were not trained on: one table, one page, every figure with its definition.
 
-    model_config = ConfigDict(extra="forbid")
+    Writes evaluations.csv, evaluations.json and evaluations.html, and labels.csv where labels are known; without --out,
+    evaluation.json in the folder of each run too.
+    """
 
-    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = Field(
-        description="the folder of a run, or any dictionary that interp.SAE.load reads, such as hf://owner/repo/folder"
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN …]")] = Field(
+        description="folders of runs, of sweeps, or of any dictionaries that interp.SAE.load reads, such as "
+        "hf://owner/repo/folder"
     )
-    model: str | None = Field(default=None, description="a folder or name; by default the one it was trained on")
-    data: str | None = Field(
-        default=None, description="text: a file, a folder, hf://owner/name, or testbed; by default that of the run"
-    )
-    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default as in the run")
-    out: Path | None = Field(default=None, description="file to write; by default in the run's folder")
-    json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = Field(
-        default=False, description="print one JSON object on stdout, and nothing else there"
-    )
-
-
-class EvalOptions(RunOptions):
-    """Measure a dictionary on text it was not trained on, beside a PCA of the same size, and write evaluation.json."""
-
+    only: tuple[PartName, ...] = Field(default=(), description="parts to measure; by default all that apply")
+    out: Path | None = Field(default=None, description="folder to write to; by default that of the one run or sweep")
     tokens: int | None = Field(
         default=None, gt=0, description="tokens to run, special ones included; by default as in the run"
     )
     pca_rank: int | None = Field(
-        default=None, gt=0, description="rank of the PCA; by default the k of the dictionary, or 32 where it has none"
+        default=None, ge=0, description="rank of the PCA; by default the k of the dictionary, or 32 where it has none"
     )
 
 
-@dataclass(frozen=True)
-class OpenRun:
-    """A dictionary with its model, and where its text is.
-
-    Attributes:
-        folder: of the run.
-        hm: the model.
-        dictionary: on the model's device.
-        site: where it acts.
-        cfg: the run's settings; None where the folder has none.
-        text: how text becomes rows.
-        data: text that was asked for on the command line, instead of the run's own.
-    """
-
-    folder: Path
-    hm: "HookManager"
-    dictionary: "Dictionary"
-    site: "Site"
-    cfg: "TrainConfig | None"
-    text: "TextOptions"
-    data: str | None
-
-    def tokens(self, part: "Part") -> "TokenSource":
-        """Text to fit on ("train") or to measure on ("held_out"), parted as the run parted it.
-
-        Raises:
-            ConfigError: no text is known.
-        """
-        from interp.train.text import token_source
-
-        own = None if self.cfg is None else self.cfg.data
-        apart = self.data if self.data is not None else self.cfg.evaluation.data if self.cfg is not None else None
-        named = apart if apart is not None and (part == "held_out" or own is None) else own
-        if named is None:
-            raise ConfigError(f"{self.folder} does not say what text it was trained on; give --data")
-        # Text of its own for the measurement needs no holding out, unless there is no other to fit on.
-        whole = apart is not None and own is not None
-        return token_source(named, self.text, self.hm.tokenizer, part="all" if whole else part)
-
-
-def open_run(options: RunOptions, tell: Callable[[str], None]) -> OpenRun:
-    """Load a run's dictionary and its model.
-
-    Args:
-        options: which run, and what to take instead of what it says.
-        tell: called with what is being done.
-
-    Raises:
-        ArtifactError: there is no dictionary.
-        ConfigError: no model is known, or the dictionary does not fit it.
-    """
-    from interp.core.manager import HookManager
-    from interp.dictionaries.base import Dictionary
-    from interp.dictionaries.processed import for_model
-    from interp.evaluate.dictionary import place_of
-    from interp.train.config import TextOptions, TrainConfig
-
-    # Its model comes later.
-    dictionary: Dictionary = Dictionary.load(options.run, model="processed")
-    if options.out is None and not options.run.is_dir():
-        raise ConfigError(f"{options.run} is no folder on this machine; say which file to write with --out")
-    settings = options.run / "config.yaml"
-    cfg = TrainConfig.from_yaml(settings) if settings.is_file() else None
-    known = dictionary.cfg.metadata
-    name = options.model or (cfg.model if cfg is not None else known.get("model_name"))
-    if name is None:
-        raise ConfigError(f"{options.run} does not say what model it was trained on; give --model")
-    tell(f"loading {name}")
-    device = options.device or (cfg.device if cfg is not None else None)
-    hm = HookManager.load(str(name), dtype=None if cfg is None else cfg.dtype, device=device)
-    dictionary = for_model(dictionary.to(hm.device), hm, site=None if cfg is None else cfg.site)
-    if cfg is not None:
-        text = cfg.text
-    else:
-        text = TextOptions(ctx=int(known["context_size"])) if known.get("context_size") else TextOptions()
-    site = place_of(hm, dictionary, None if cfg is None else cfg.site)
-    return OpenRun(options.run, hm, dictionary, site, cfg, text, options.data)
-
-
 def main(argv: list[str]) -> int:
-    """Measure a dictionary.
+    """Measure dictionaries.
 
     Args:
         argv: The arguments after `interp eval`.
@@ -148,33 +61,96 @@ def main(argv: list[str]) -> int:
         InterpError: The measurement failed.
     """
     options = tyro.cli(EvalOptions, prog="interp eval", args=argv)
-    if options.out is not None and options.out.is_dir():
-        return refuse(
-            f"--out {options.out} is a folder; give the name of a file, such as {options.out}/evaluation.json"
-        )
-    from interp.core.disk import write_json
-    from interp.evaluate.baseline import fit_pca
-    from interp.evaluate.dictionary import evaluate_dictionary
+    if not options.runs:
+        return refuse("name at least one run: interp eval runs/first")
+    if options.out is None and len(options.runs) > 1:
+        return refuse(f"{len(options.runs)} folders were named; say where the table goes with --out FOLDER")
+    out = options.out or options.runs[0]
+    if out.is_file():
+        return refuse(f"--out {out} is a file; give a folder")
+    if options.out is None and not out.is_dir():
+        return refuse(f"{out} is no folder on this machine; say where the table goes with --out FOLDER")
+    from interp.evaluate.evaluations import joined
 
-    run = open_run(options, tell)
-    tokens = options.tokens or (run.cfg.evaluation.tokens if run.cfg is not None else 100_000)
-    asked = options.pca_rank or getattr(run.dictionary.cfg, "k", None) or _DEFAULT_RANK
-    held_out, width = run.tokens("held_out"), run.dictionary.cfg.d_in
-    tell(
-        f"fitting a PCA of rank {min(asked, width)} on {tokens:,} tokens of {run.tokens('train').documents.describe()}"
-    )
-    pca = fit_pca(run.hm, run.tokens("train"), run.site, rank=min(asked, width), max_tokens=tokens)
-    tell(f"measuring on {tokens:,} tokens of {held_out.documents.describe()}")
-    found = evaluate_dictionary(run.hm, run.dictionary, held_out, run.site, max_tokens=tokens, pca=pca)
-    out = options.out or options.run / "evaluation.json"
-    record: dict[str, Any] = {**found.scalars(), "text": _said(held_out), "special_tokens": "left out"}
-    try:
-        write_json(out, record)
-    except OSError as err:
-        raise ArtifactError(f"{out} cannot be written: {err.strerror}; give another file with --out") from err
-    text = json.dumps({"out": str(out), **record}, indent=1) if options.json_output else f"{found.summary()}\n{out}"
+    folders, models = expanded(options.runs), dict[tuple[Any, ...], "HookManager"]()
+    names = _names(folders)
+    runs = {name: open_run(path, options, tell, models=models) for name, path in zip(names, folders, strict=True)}
+    said = settings_of(runs)
+    found = joined([_measured(group, said, options) for group in _groups(runs, options)], list(runs))
+    files = _write(found, out, runs if options.out is None else {})
+    if options.json_output:
+        text = json.dumps({"out": str(out), "files": [str(path) for path in files], **found.records()}, indent=1)
+    else:
+        text = "\n".join([found.summary(), *map(str, files)])
     sys.stdout.write(f"{text}\n")
     return 0
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The folders' names, with as much of their paths as tells them apart."""
+    for n in range(1, 1 + max(len(path.resolve().parts) for path in folders)):
+        names = ["/".join(path.resolve().parts[-n:]) for path in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _groups(runs: Mapping[str, OpenRun], options: EvalOptions) -> list[dict[str, OpenRun]]:
+    """Runs of one model that are measured on the same text."""
+    found: dict[str, dict[str, OpenRun]] = {}
+    for name, run in runs.items():
+        key = [id(run.hm), run.tokens("held_out").describe(), run.tokens("train").describe(), _tokens(run, options)]
+        found.setdefault(json.dumps(key, default=str), {})[name] = run
+    return list(found.values())
+
+
+def _tokens(run: OpenRun, options: EvalOptions) -> int:
+    return options.tokens or (run.cfg.evaluation.tokens if run.cfg is not None else 100_000)
+
+
+def _measured(runs: dict[str, OpenRun], said: dict[str, tuple[str, int]], options: EvalOptions) -> "Evaluations":
+    from interp.evaluate.every import Trained, evaluate_all
+
+    first = next(iter(runs.values()))
+    tokens, held_out = _tokens(first, options), first.tokens("held_out")
+    tell(f"measuring {', '.join(runs)} on {tokens:,} tokens of {held_out.documents.describe()}")
+    trained = {name: Trained(*said[name], pca_rank=_rank(run, options)) for name, run in runs.items()}
+    return evaluate_all(
+        first.hm,
+        {name: run.dictionary for name, run in runs.items()},
+        held_out,
+        fit_tokens=first.tokens("train"),
+        trained=trained,
+        only=options.only,
+        max_tokens=tokens,
+    )
+
+
+def _rank(run: OpenRun, options: EvalOptions) -> int:
+    if options.pca_rank is not None:
+        return options.pca_rank
+    return int(getattr(run.dictionary.cfg, "k", None) or _DEFAULT_RANK)
+
+
+def _write(found: "Evaluations", out: Path, runs: Mapping[str, OpenRun]) -> list[Path]:
+    from interp.core.disk import atomic_write, write_json
+
+    files = [out / _TABLE, out / _RECORD, out / _PAGE]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        atomic_write(files[0], found.to_frame().to_csv(index=False))
+        write_json(files[1], found.records())
+        found.to_html(files[2])
+        if found.labels:
+            files.append(atomic_write(out / _LABELS, found.labels_frame().to_csv(index=False)))
+        for name, run in runs.items():
+            if name in found.core:
+                # What `interp show` and the run's own page read.
+                text = _said(run.tokens("held_out"))
+                write_json(run.folder / _ONE, {**found.core[name], "text": text, "special_tokens": "left out"})
+    except OSError as err:
+        raise ArtifactError(f"{out} cannot be written: {err.strerror}; give another folder with --out") from err
+    return files
 
 
 def _said(tokens: "TokenSource") -> str:

@@ -18,7 +18,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "capture": Verb("interp.cli.capture", "write the activations of a text to a folder, by one process or many"),
-    "eval": Verb("interp.cli.evaluate", "measure a trained dictionary on held-out text, beside a PCA of the same size"),
+    "eval": Verb("interp.cli.evaluate", "measure trained dictionaries in every way that applies: one table, one page"),
     "export": Verb("interp.cli.export", "write trained dictionaries as circuit-tracer, sparsify or SAELens read them"),
     "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),

@@ -2,17 +2,14 @@
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
 
-from interp.cli.evaluate import OpenRun, RunOptions, open_run
 from interp.cli.lines import refuse, tell
+from interp.cli.runs import OpenRun, RunOptions, open_run
 from interp.core.errors import ArtifactError
-
-if TYPE_CHECKING:
-    from interp.core.manager import HookManager
 
 __all__ = ["ShowOptions", "main"]
 
@@ -52,7 +49,9 @@ def main(argv: list[str]) -> int:
     from interp.report.dictionary_page import RunRecord, write_dictionary_page
 
     record = RunRecord.read(options.run)
-    run = open_run(options, tell)
+    if options.out is None and not options.run.is_dir():
+        return refuse(f"{options.run} is no folder on this machine; say which file to write with --out")
+    run = open_run(options.run, options, tell)
     tell(f"looking at {options.tokens:,} tokens")
     found = top_examples(
         run.hm,
@@ -76,16 +75,11 @@ def main(argv: list[str]) -> int:
 
 def _text(run: OpenRun, tokens: int) -> Any:
     """The run's text; a model of the small world reads that world's text with all its labels."""
-    if run.data not in (None, "testbed") or not _of_the_world(run.hm):
+    from interp.evaluate.labels import of_the_world
+
+    if run.data not in (None, "testbed") or not of_the_world(run.hm):
         return run.tokens("held_out")
     from interp.testbed.text import Text
     from interp.train.text import WORLD_TASKS
 
     return Text("page", tasks=WORLD_TASKS).labelled_rows(-(-tokens // run.text.ctx), run.text.ctx)
-
-
-def _of_the_world(hm: "HookManager") -> bool:
-    from interp.testbed.tokenizer import vocabulary
-    from interp.testbed.words import SPECIAL
-
-    return hm.d_vocab == len(vocabulary()) and getattr(hm.tokenizer, "bos_token", None) == SPECIAL[0]

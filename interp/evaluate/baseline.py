@@ -38,6 +38,10 @@ class PCA:
         """Numbers per token."""
         return len(self.components)
 
+    def truncated(self, rank: int) -> "PCA":
+        """Return the same with fewer components: what a fit of that rank gives, to the bit."""
+        return PCA(mean=self.mean, components=self.components[:rank].contiguous(), variances=self.variances)
+
     def encode(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*batch rank"]:
         """Return the coordinates of some activations along the components, signed; heads are taken side by side."""
         x = x if x.shape[-1] == len(self.mean) else x.flatten(-2)

@@ -6,24 +6,22 @@ Figures are ratios of sums over rows of tokens. Their intervals, at 95 %, are no
 
 import importlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
-from interp.core.intervention import Intervention, Replace, Splice
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
-from interp.core.where import Where
-from interp.data.tokens import TokenBlock, TokenSource
-from interp.dictionaries.base import Dictionary, Transcoder
-from interp.dictionaries.processed import check_bound
-from interp.dictionaries.space import has_heads
-from interp.evaluate.reading import counted_blocks, encoded_in_parts, side_by_side, site_width
+from interp.data.tokens import TokenSource
+from interp.dictionaries.base import Dictionary
+from interp.evaluate.place import place_of, target_of
+from interp.evaluate.reading import counted_blocks
+from interp.evaluate.sums import Baseline, LossSums, MomentSums, Subject
 
 if TYPE_CHECKING:
     import pandas
@@ -31,24 +29,17 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["Baseline", "DictionaryEvaluation", "evaluate_dictionary", "place_of", "target_of"]
+__all__ = [
+    "Baseline",
+    "DictionaryEvaluation",
+    "Subject",
+    "evaluate_dictionaries",
+    "evaluate_dictionary",
+    "place_of",
+    "target_of",
+]
 
 _NORMAL_95 = 1.959964
-
-
-@runtime_checkable
-class Baseline(Protocol):
-    """A reconstruction to hold a dictionary against, of as many numbers per token, such as `PCA`."""
-
-    @property
-    def rank(self) -> int:
-        """Numbers per token."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Return the numbers of some activations."""
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return the activations that they stand for."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -73,6 +64,8 @@ class DictionaryEvaluation(Result):
         ce_loss_score: SAELens' figure of that name: zeros at every token, special ones included, and predictions of
             special tokens counted.
         kl: KL(clean ‖ with reconstruction).
+        kl_recovered: 1 − kl / KL(clean ‖ with zeros).
+        kl_recovered_mean: the same against mean ablation.
         dead: share of latents that were never positive on these tokens.
         firing: on how many tokens each latent was positive.
         intervals: figure → 95 % interval (low, high), over rows; NaN where there is one row only.
@@ -100,6 +93,8 @@ class DictionaryEvaluation(Result):
     ce_recovered_mean: float
     ce_loss_score: float
     kl: float
+    kl_recovered: float
+    kl_recovered_mean: float
     dead: float
     firing: Int[Tensor, "d_sae"]
     intervals: dict[str, tuple[float, float]]
@@ -211,216 +206,76 @@ def evaluate_dictionary(
     without the correction for a finite population.
     """
     place = place_of(hm, dictionary, site)
-    gives = target_of(hm, dictionary, place, target)
-    moments = _Moments(dictionary, pca)
+    subject = Subject(dictionary, place, target_of(hm, dictionary, place, target), pca)
+    (found,) = evaluate_dictionaries(hm, [subject], tokens, max_tokens=max_tokens, should_stop=should_stop)
+    return found
+
+
+def evaluate_dictionaries(
+    hm: "HookManager",
+    subjects: Sequence[Subject],
+    tokens: TokenSource,
+    *,
+    max_tokens: int = 100_000,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[DictionaryEvaluation]:
+    """Measure several dictionaries on the same text; each gets the figures that it would get alone, to the bit.
+
+    The model's own activations and losses are taken once for all, ablations once for each site that is reconstructed,
+    and baselines once each; of each dictionary there remains one forward.
+    Memory is that of `evaluate_dictionary`, and the sums by row of each.
+
+    Args:
+        hm: the manager of the model.
+        subjects: the dictionaries at their sites; see `place_of` and `target_of`.
+        tokens: text that none of them was trained on.
+        max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
+        should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
+
+    Returns:
+        The figures of each, in order.
+
+    Raises:
+        ConfigError: no dictionary.
+        DataError: the text has no token that counts.
+
+    Source: as for `evaluate_dictionary`.
+    """
+    if not subjects:
+        raise ConfigError("no dictionary was given; give at least one Subject(dictionary, reads, gives)")
+    moments = MomentSums(subjects, rows=tokens.rows, width=tokens.ctx)
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: activations"):
-        run = hm.run(block.inputs, read=[place, gives], logits="none")
-        moments.add(side_by_side(run[place.name], place), side_by_side(run[gives.name], gives), block.mask, keep)
+        moments.add(hm.run(block.inputs, read=list(moments.sites), logits="none"), block, keep)
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
-    losses = _Losses(hm, dictionary, place, gives, moments, pca)
+    losses = LossSums(hm, moments)
     for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: losses"):
         losses.add(block, keep)
-    settings = {
-        "site": place.name,
-        "target": gives.name,
-        "max_tokens": max_tokens,
-        "special_tokens": "left out",
-        "text": tokens.describe(),
-    }
-    rows = {**moments.rows.joined(), **losses.rows.joined()}
+    provenance = Provenance.of(
+        hm, settings={"max_tokens": max_tokens, "special_tokens": "left out", "text": tokens.describe()}
+    )
+    return [_evaluation(moments, losses, number, provenance) for number in range(len(subjects))]
+
+
+def _evaluation(moments: MomentSums, losses: LossSums, number: int, of_all: Provenance) -> DictionaryEvaluation:
+    subject = moments.subjects[number]
+    rows = {**moments.rows(number), **losses.rows(number)}
+    firing = moments.firing[number]
+    settings = {"site": subject.reads.name, "target": subject.gives.name, **of_all.settings}
     return DictionaryEvaluation(
-        site=place.name,
-        target=None if gives == place else gives.name,
+        site=subject.reads.name,
+        target=None if subject.gives == subject.reads else subject.gives.name,
         n_tokens=moments.n,
         n_predictions=int(rows["n"].sum()),
         n_rows=int((rows["tokens"] > 0).sum()),
         l0_with_special=float(rows["active_all"].sum() / rows["tokens_all"].sum()),
-        dead=float((moments.firing == 0).double().mean()),
+        dead=float((firing == 0).double().mean()),
         **_figures(rows),
-        **({} if pca is None else _of_pca(rows, pca.rank)),
-        firing=moments.firing.cpu(),
+        **({} if subject.pca is None else _of_pca(rows, subject.pca.rank)),
+        firing=firing.cpu(),
         intervals=_intervals(rows),
-        provenance=Provenance.of(hm, settings=settings),
+        provenance=replace(of_all, settings=settings),
     )
-
-
-def place_of(hm: "HookManager", dictionary: Dictionary, site: str | Site | None = None) -> Site:
-    """Return the site that a dictionary acts on, checked against the model.
-
-    Args:
-        hm: the manager of the model.
-        dictionary: a dictionary.
-        site: None takes the one it was trained on, from its metadata.
-
-    Raises:
-        ConfigError: no site is known, it has no vector per token or another width, the dictionary is on another device,
-            or it is of a processed model and was not made for this one.
-    """
-    known = site if site is not None else dictionary.cfg.metadata.get("hook_name")
-    if known is None:
-        raise ConfigError("the dictionary does not say where it was trained; give site='3.resid_post', or another")
-    place, d_in = Site(known), dictionary.cfg.d_in
-    if (len(place.axes) != 3 and not has_heads(place)) or place.where is not None:
-        raise ConfigError(f"{place} has axes {place.axes}; a dictionary reads one vector a token: try 3.resid_post")
-    check_bound(dictionary, hm)
-    width = site_width(hm, place)
-    if width != d_in:
-        raise ConfigError(f"the dictionary has d_in {d_in}, {place.short} of {hm.name} is {width} wide; another model?")
-    if dictionary.W_enc.device != hm.device:
-        where = f"the dictionary is on {dictionary.W_enc.device}, the model on {hm.device}"
-        raise ConfigError(f"{where}; use dictionary.to(hm.device)")
-    return place
-
-
-def target_of(hm: "HookManager", dictionary: Dictionary, place: Site, target: str | Site | None = None) -> Site:
-    """Return the site that a dictionary reconstructs: that of an SAE is its own.
-
-    Args:
-        hm: the manager of the model.
-        dictionary: a dictionary.
-        place: what it reads.
-        target: None takes the one it was trained on, from its metadata.
-
-    Raises:
-        ConfigError: a transcoder's is not known, has another width, or is given for an SAE.
-    """
-    if not isinstance(dictionary, Transcoder):
-        if target is not None and Site(target) != place:
-            raise ConfigError(
-                f"{type(dictionary).__name__} reconstructs what it reads, {place.short}; leave target out"
-            )
-        return place
-    known = target if target is not None else dictionary.cfg.metadata.get("hook_name_out")
-    if known is None:
-        raise ConfigError("the transcoder does not say what it reconstructs; give target='3.mlp_out', or another")
-    gives = Site(known)
-    if (len(gives.axes) != 3 and not has_heads(gives)) or site_width(hm, gives) != dictionary.d_out:
-        raise ConfigError(
-            f"the transcoder gives {dictionary.d_out} dimensions, {gives.short} of {hm.name} is "
-            f"{' × '.join(map(str, hm.atlas.shape(gives)[2:]))}; another site or model?"
-        )
-    return gives
-
-
-class _Rows:
-    """Sums of every row of text, in fp64 on the host."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, list[Tensor]] = {}
-
-    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Append the sums over the positions of one block that the mask counts."""
-        self.parts.setdefault(name, []).append(values.double().masked_fill(~mask, 0).sum(-1).cpu())
-
-    def joined(self) -> dict[str, Float[Tensor, "row"]]:
-        return {name: torch.cat(parts) for name, parts in self.parts.items()}
-
-
-class _Moments:
-    """What needs no logits: sums over tokens in fp64, on the dictionary's device, and over rows."""
-
-    def __init__(self, dictionary: Dictionary, pca: Baseline | None) -> None:
-        self.dictionary, self.pca, device = dictionary, pca, dictionary.W_enc.device
-        self.n, self.rows = 0, _Rows()
-        self.sum = torch.zeros(dictionary.d_out, dtype=torch.float64, device=device)
-        self.seen = torch.zeros_like(self.sum)
-        self.firing = torch.zeros(dictionary.cfg.d_sae, dtype=torch.long, device=device)
-
-    @torch.no_grad()
-    def add(
-        self,
-        x: Float[Tensor, "row pos d_in"],
-        target: Float[Tensor, "row pos d_out"],
-        real: Bool[Tensor, "row pos"],
-        keep: Bool[Tensor, "row pos"],
-    ) -> None:
-        self.n += int(keep.sum())
-        real, keep = real.to(x.device), keep.to(x.device)
-        seen = self.dictionary.target_seen(target.double())
-        self.sum += target.double().masked_fill(~keep[..., None], 0).sum((0, 1))
-        self.seen += seen.masked_fill(~keep[..., None], 0).sum((0, 1))
-        for part, latents in encoded_in_parts(self.dictionary, x):
-            mine, counted, active = seen[part], keep[part], latents > 0
-            self.firing += (active & counted[..., None]).sum((0, 1))
-            one = torch.ones_like(counted, dtype=torch.float64)
-            self.rows.add("tokens", one, counted)
-            self.rows.add("tokens_all", one, real[part])
-            self.rows.add("active", active.sum(-1), counted)
-            self.rows.add("active_all", active.sum(-1), real[part])
-            made = self.dictionary.reconstructed_seen(latents, x[part]).double()
-            self.rows.add("missed", (mine - made).pow(2).sum(-1), counted)
-            if self.pca is not None:
-                near = self.dictionary.target_seen(self.pca.decode(self.pca.encode(x[part])).double())
-                self.rows.add("missed_pca", (mine - near).pow(2).sum(-1), counted)
-
-    @property
-    def mean(self) -> Float[Tensor, "d_in"]:
-        """Of the activation itself."""
-        return self.sum / self.n
-
-    @property
-    def mean_seen(self) -> Float[Tensor, "d_in"]:
-        """Of what errors are measured in."""
-        return self.seen / self.n
-
-
-class _Losses:
-    """The model's loss under each replacement, and the variance about the mean, summed by row."""
-
-    def __init__(
-        self,
-        hm: "HookManager",
-        dictionary: Dictionary,
-        reads: Site,
-        site: Site,
-        moments: _Moments,
-        pca: Baseline | None,
-    ) -> None:
-        self.hm, self.dictionary, self.reads, self.site, self.pca = hm, dictionary, reads, site, pca
-        self.rows, self.mean_seen = _Rows(), moments.mean_seen
-        features = hm.atlas.shape(site)[2:]
-        zero = dictionary.target_space.unfixed(torch.zeros_like(moments.mean))
-        self.mean, self.zero = (x.view(*features).to(hm.dtype) for x in (moments.mean, zero))
-
-    def add(self, block: TokenBlock, keep: Bool[Tensor, "row pos"]) -> None:
-        where = Where(mask=keep)
-        clean = self.hm.run(block.inputs, read=list({self.reads, self.site}), logits="all")
-        x = clean[self.site.name]
-        seen = self.dictionary.target_seen(side_by_side(x, self.site).double())
-        self.rows.add("variance", (seen - self.mean_seen).pow(2).sum(-1), keep.to(x.device))
-        stands_in: Intervention = Splice(self.site, self.dictionary, where=where)
-        if self.reads != self.site:
-            made = torch.no_grad()(self.dictionary)(clean[self.reads.name])
-            stands_in = Replace(self.site, made.to(x.dtype).view_as(x), where=where)
-        writes: dict[str, Intervention | None] = {
-            "clean": None,
-            "sae": stands_in,
-            "zero": Replace(self.site, self.zero, where=where),
-            "mean": Replace(self.site, self.mean, where=where),
-            "everywhere": Replace(self.site, self.zero),
-        }
-        if self.pca is not None:
-            writes["pca"] = Splice(self.site, self.pca, where=where)
-        ours = (keep[:, :-1] & keep[:, 1:]).to(self.hm.device)
-        score = (keep[:, :-1] & block.mask[:, 1:]).to(self.hm.device)
-        targets = block.ids[:, 1:].to(self.hm.device)
-        self.rows.add("n", torch.ones_like(ours, dtype=torch.float64), ours)
-        self.rows.add("n_score", torch.ones_like(ours, dtype=torch.float64), score)
-        known = _logprobs(clean.logits)
-        for name, write in writes.items():
-            logprobs = known
-            if write is not None:
-                logprobs = _logprobs(self.hm.run(block.inputs, write=[write], logits="all").logits)
-            loss = -logprobs.gather(-1, targets[..., None])[..., 0]
-            self.rows.add(name, loss, ours)
-            self.rows.add(f"score_{name}", loss, score)
-            if name == "sae":
-                self.rows.add("kl", (known.exp() * (known - logprobs)).sum(-1), ours)
-
-
-def _logprobs(logits: Float[Tensor, "row pos d_vocab"]) -> Float[Tensor, "row next d_vocab"]:
-    return logits[:, :-1].float().log_softmax(-1)
 
 
 def _ratios(rows: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -433,6 +288,8 @@ def _ratios(rows: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         **plain,
         "ce_recovered": (zero - rows["sae"], zero - rows["clean"]),
         "ce_recovered_mean": (mean - rows["sae"], mean - rows["clean"]),
+        "kl_recovered": (rows["kl_zero"] - rows["kl"], rows["kl_zero"]),
+        "kl_recovered_mean": (rows["kl_mean"] - rows["kl"], rows["kl_mean"]),
         "ce_loss_score": (score - rows["score_sae"], score - rows["score_clean"]),
     }
 

@@ -1,6 +1,6 @@
 """What a unit stands for: the label that says best when it fires, and the best match that luck would give."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from interp.testbed.text import label_values
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["Matches", "best_matches", "label_matches"]
+__all__ = ["Matches", "best_matches", "best_units", "label_matches", "named_labels", "value_name"]
 
 _ABOVE_CHANCE = 0.2
 _TABLE = 1 << 24  # entries of a table of latents and values that is held at once: 128 MiB
@@ -126,36 +126,89 @@ def label_matches(
     Returns:
         `label`, `f1`, `precision`, `recall`, `chance` and `claimed` as `TopExamples` has them.
     """
-    columns: dict[str, Tensor] = {"token": ids}
-    for name, codes in labels.items():
-        if name not in _UNNAMED:
-            columns[name] = codes.masked_fill(codes == _OPEN[1], -1) if name == _OPEN[0] else codes
+    columns = {"token": ids, **named_labels(labels)}
     found = best_matches(token, unit, columns, n=n)
     texts = token_names(hm, found.value.clamp(min=0))
     names = list(columns)
-    label = [_said(names[c], v, t) if v >= 0 else "" for c, v, t in zip(*found.places(), texts, strict=True)]
+    label = [value_name(names[c], v, t) if v >= 0 else "" for c, v, t in zip(*found.places(), texts, strict=True)]
     return {"label": label, **{x: getattr(found, x) for x in ("f1", "precision", "recall", "chance", "claimed")}}
 
 
-def _said(name: str, value: int, token: str) -> str:
+def named_labels(labels: Mapping[str, Int[Tensor, "*token"]]) -> dict[str, Int[Tensor, "*token"]]:
+    """The labels whose codes say something that a unit may stand for.
+
+    Args:
+        labels: name → code of every token.
+
+    Returns:
+        The same without labels that hold within a task only or say how text was drawn, and without "open", which
+        most tokens are.
+    """
+    kept = {name: codes for name, codes in labels.items() if name not in _UNNAMED}
+    return {
+        name: codes.masked_fill(codes == _OPEN[1], -1) if name == _OPEN[0] else codes for name, codes in kept.items()
+    }
+
+
+def value_name(name: str, value: int, token: str = "") -> str:
+    """Say what a label's code is.
+
+    Args:
+        name: of the label, or "token".
+        value: the code.
+        token: text of a token, where the label is "token".
+    """
     if name == "token":
         return f"token {token!r}"
     values = label_values(name)
     return f"{name} {values[value] if values else value}"
 
 
+def best_units(
+    token: Int[Tensor, "firing"], unit: Int[Tensor, "firing"], codes: Int[Tensor, "token"], *, n: int
+) -> tuple[Float[Tensor, "value"], Int[Tensor, "value"]]:
+    """Find, for each value of one label, the unit whose firing says best where it is.
+
+    Args:
+        token: on which token each firing was.
+        unit: of which unit it was, from 0 to n − 1.
+        codes: of every token; −1 where the label does not apply.
+        n: number of units.
+
+    Returns:
+        The largest F1 of any unit, and which unit has it (of equal ones the first), for each code from 0 on.
+    """
+    order = unit.argsort(stable=True)
+    token, unit = token[order], unit[order]
+    fired = torch.bincount(unit, minlength=n)
+    width = max(int(codes.max()), 0) + 1
+    best, which = torch.full((width,), -1.0), torch.zeros(width, dtype=torch.long)
+    for first, hits, total in _tables(token, unit, fired, codes):
+        f1 = 2 * hits / (fired[first : first + len(hits), None] + total).clamp_min(1)
+        most, at = f1.max(0)
+        which = torch.where(most > best, at + first, which)
+        best = torch.maximum(most, best)
+    return best, which
+
+
 def _best(token: Tensor, unit: Tensor, fired: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of one column: each unit's best F1, the value that has it, hits, and tokens with that value."""
+    parts = []
+    for first, hits, total in _tables(token, unit, fired, codes):
+        best = (2 * hits / (fired[first : first + len(hits), None] + total).clamp_min(1)).max(1)
+        parts.append((best.values, best.indices, hits.gather(1, best.indices[:, None])[:, 0], total[best.indices]))
+    f1, value, hits, totals = (torch.cat(part) for part in zip(*parts, strict=True))
+    return f1, value, hits, totals
+
+
+def _tables(token: Tensor, unit: Tensor, fired: Tensor, codes: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Some units at a time, of firings in their order: the first, hits [unit value], and tokens with each value."""
     # Column 0 of a table is for tokens that have no value; every code stands one further on.
     width = max(int(codes.max()), 0) + 2
     total = torch.bincount(codes + 1, minlength=width)[1:]
-    step, parts = max(1, _TABLE // width), []
+    step = max(1, _TABLE // width)
     for first in range(0, len(fired), step):
         count = min(step, len(fired) - first)
         mine = slice(*torch.searchsorted(unit, torch.tensor([first, first + count])).tolist())
         places = (unit[mine] - first) * width + codes[token[mine]] + 1
-        hits = torch.bincount(places, minlength=count * width).view(count, width)[:, 1:]
-        best = (2 * hits / (fired[first : first + count, None] + total).clamp_min(1)).max(1)
-        parts.append((best.values, best.indices, hits.gather(1, best.indices[:, None])[:, 0], total[best.indices]))
-    f1, value, hits, totals = (torch.cat(part) for part in zip(*parts, strict=True))
-    return f1, value, hits, totals
+        yield first, torch.bincount(places, minlength=count * width).view(count, width)[:, 1:], total

@@ -138,8 +138,9 @@ def reseed_noise(figures: Mapping[str, Sequence[float]] | Sequence[float], *, fi
         raise DataError("no setting was given; expected setting → one number per seed")
     n = torch.tensor([len(v) for v in held.values()])
     parts = [torch.tensor(v, dtype=torch.float64) for v in held.values()]
-    mean = torch.stack([v.mean() for v in parts])
-    squares = torch.stack([(v - v.mean()).pow(2).sum() for v in parts])
+    # The mean of equal numbers need not be that number, to the last bit.
+    mean = torch.stack([v.mean() if bool((v != v[0]).any()) else v[0] for v in parts])
+    squares = torch.stack([(v - m).pow(2).sum() for v, m in zip(parts, mean, strict=True)])
     sd = (squares / (n - 1)).sqrt().where(n > 1, math.nan)
     half = torch.tensor([_times(int(k) - 1, float(s) / math.sqrt(int(k))) for k, s in zip(n, sd, strict=True)])
     dof, fewest = int((n - 1).sum()), int(n.min())

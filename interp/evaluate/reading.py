@@ -18,7 +18,7 @@ from interp.testbed.text import LabelledTokens
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["Reading", "counted_blocks", "encoded_in_parts", "side_by_side", "site_width"]
+__all__ = ["Reading", "counted_blocks", "encoded_in_parts", "rows_at_once", "side_by_side", "site_width"]
 
 _MOST_LATENTS = 1 << 24  # so many numbers of [token d_sae] at once: 64 MiB in fp32
 _ROWS = 32  # labelled rows per forward
@@ -121,9 +121,19 @@ def encoded_in_parts(
     Returns:
         Which rows, and their latents; at least one row at a time.
     """
-    step = max(1, _MOST_LATENTS // (x.shape[1] * dictionary.cfg.d_sae))
+    step = rows_at_once(dictionary, x.shape[1])
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
         with torch.no_grad():
             latents = dictionary.encode(x[part])
         yield part, latents
+
+
+def rows_at_once(dictionary: Dictionary, width: int) -> int:
+    """How many rows' latents `encoded_in_parts` holds at once.
+
+    Args:
+        dictionary: any dictionary.
+        width: positions per row.
+    """
+    return max(1, _MOST_LATENTS // (width * dictionary.cfg.d_sae))

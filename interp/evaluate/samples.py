@@ -98,6 +98,28 @@ class Samples:
             return Samples.of_tensor(data, max_tokens=max_tokens)
         return Samples.of_store(data, site, max_tokens=max_tokens)
 
+    def remembered(self, most_bytes: int) -> "Samples":
+        """Return the same, kept in memory from the first whole reading on, unless they take more than `most_bytes`."""
+        kept: list[tuple[Tensor, Tensor | None]] = []
+        state = {"bytes": 0, "whole": 0}
+
+        def parts() -> Iterator[tuple[Tensor, Tensor | None]]:
+            if state["whole"]:
+                yield from kept
+                return
+            kept.clear()
+            state["bytes"] = 0
+            for x, unit in self.parts():
+                state["bytes"] += x.numel() * x.element_size()
+                if state["bytes"] <= most_bytes:
+                    kept.append((x, unit))
+                else:
+                    kept.clear()
+                yield x, unit
+            state["whole"] = int(state["bytes"] <= most_bytes)
+
+        return Samples(parts, self.unit, self.described)
+
     def origin(
         self, dictionary: Dictionary, site: str | Site | None, settings: Mapping[str, Any]
     ) -> tuple[str, Provenance]:

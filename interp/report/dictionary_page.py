@@ -27,12 +27,20 @@ from interp.report.html import json_block, render, visible
 if TYPE_CHECKING:
     from interp.evaluate.top_examples import TopExamples
 
-__all__ = ["RunRecord", "dictionary_page", "framed_page", "write_dictionary_page"]
+__all__ = [
+    "RunRecord",
+    "content_hash",
+    "cosine_chart",
+    "density_chart",
+    "dictionary_page",
+    "framed_page",
+    "write_dictionary_page",
+]
 
 _MOST_BYTES = 30 * 2**20
 _MOST_POINTS = 400
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 196, 44, 394, 12, 160
-_BARS_PER_DECADE = 4
+_BARS_PER_DECADE, _COSINE_STEP = 4, 0.025
 # The first is how the page opens: latents with a plain meaning before dense ones without.
 _ORDERS = {
     "f1": "match with a label (F1)",
@@ -111,14 +119,14 @@ def dictionary_page(examples: "TopExamples", *, run: RunRecord | None = None, fr
         "title": f"Dictionary of {Site(examples.site).short} in {Path(examples.provenance.model).name}",
         "subtitle": _subtitle(examples, record),
         "cards": _cards(record.figures),
-        "charts": [*_course(record), _densities(density)],
+        "charts": [*_course(record), density_chart(density)],
         "orders": [{"key": key, "name": name} for key, name in _ORDERS.items()],
         "facts": _facts(examples, record),
         "data": json_block(_data(examples, density)),
         "style": style,
         "script": script,
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
+        "style_hash": content_hash(style),
+        "script_hash": content_hash(script),
         "framed": framed,
     }
     text = str(render("dictionary.html.j2", values))
@@ -165,7 +173,8 @@ def _lines(text: str) -> tuple[Any, ...]:
     return tuple(json.loads(line) for i, line in enumerate(lines) if i + 1 < len(lines) or line.endswith("}"))
 
 
-def _hash(source: str) -> str:
+def content_hash(source: str) -> str:
+    """Return the name by which a content-security policy allows a style or a script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode("utf-8")).digest()).decode("ascii")
 
 
@@ -299,8 +308,8 @@ def _curve(
     )
 
 
-def _densities(density: Sequence[float]) -> dict[str, Any]:
-    """How many latents fire how often, on a log scale."""
+def density_chart(density: Sequence[float]) -> dict[str, Any]:
+    """How many latents fire how often, on a log scale: a chart's title, note and SVG."""
     logs = [math.log10(share) for share in density if share > 0]
     low = math.floor(min(logs, default=-1.0))
     counts = [0] * (-low * _BARS_PER_DECADE)
@@ -332,6 +341,33 @@ def _densities(density: Sequence[float]) -> dict[str, Any]:
     silent = sum(share == 0 for share in density)
     note = f"all {len(density):,} latents; {silent:,} never did" if silent else f"all {len(density):,} latents"
     return {"title": "How often latents fire", "note": note, "svg": svg}
+
+
+def cosine_chart(cosines: Sequence[float]) -> dict[str, Any]:
+    """How many latents have a nearest neighbour at which cosine: a chart's title, note and SVG."""
+    known = [value for value in cosines if math.isfinite(value)]
+    low = min(0.0, math.floor(min(known, default=0.0) * 10) / 10)
+    n = round((1 - low) / _COSINE_STEP)
+    counts = [0] * n
+    for value in known:
+        counts[min(max(int((value - low) / _COSINE_STEP), 0), n - 1)] += 1
+    wide, top = (_RIGHT - _LEFT) / n, max(counts, default=1) * 1.08 or 1
+    columns = []
+    for i, count in enumerate(counts):
+        height = round((_BOTTOM - _TOP) * count / top, 1)
+        ends = [low + (i + step) * _COSINE_STEP for step in (0, 1)]
+        place = {"x": round(_LEFT + i * wide + 0.5, 1), "y": round(_BOTTOM - height, 1), "width": round(wide - 1, 1)}
+        hint = f"{ends[0]:.2f} to {ends[1]:.2f}: {count:,} latents"
+        columns += [{**place, "height": height, "hint": hint}] if count else []
+    along = [low + i / 5 * (1 - low) for i in range(6)]
+    svg = _chart(
+        label="Nearest neighbours",
+        y_ticks=[{"at": round(_BOTTOM - (_BOTTOM - _TOP) * y / top, 1), "text": _short(y)} for y in _ticks(0.0, top)],
+        x_ticks=[{"at": round(_LEFT + (x - low) / (1 - low) * (_RIGHT - _LEFT), 1), "text": f"{x:.1f}"} for x in along],
+        x_title="largest cosine with another latent",
+        columns=columns,
+    )
+    return {"title": "Nearest neighbours in the decoder", "note": f"{len(known):,} latents", "svg": svg}
 
 
 def _chart(**parts: Any) -> Markup:

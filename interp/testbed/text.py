@@ -19,9 +19,11 @@ from interp.testbed.words import LABELS, Case, Task, join
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["TASKS", "Document", "LabelledTokens", "Text", "label_values", "task_named", "text_ids"]
+__all__ = ["TASKS", "WORLD_TASKS", "Document", "LabelledTokens", "Text", "label_values", "task_named", "text_ids"]
 
 TASKS: dict[str, Task] = {**WORDED, REPEAT.name: REPEAT}
+# The task whose passages hold random bytes is left out, as bytes do not survive being text.
+WORLD_TASKS = tuple(name for name in TASKS if name != REPEAT.name)
 _MOST_PASSAGES = 4
 _BOS, _EOS = 0, 1
 _NONE = -1

@@ -19,7 +19,9 @@ from interp.dictionaries.across import ALONE
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.heads import reading
 from interp.evaluate.baseline import PCA, fit_pca
-from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionary
+from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionaries
+from interp.evaluate.place import place_of, target_of
+from interp.evaluate.sums import Subject
 from interp.train.activations import check_store, open_store, tokens_of, vector_site
 from interp.train.checkpoint import SavedState
 from interp.train.config import TrainConfig
@@ -128,25 +130,19 @@ class Member:
         # On the CPU: it was split because a device may not hold it.
         return made.eval().requires_grad_(False)
 
-    def measured(self, pca: PCA | None, stop: Callable[[], bool]) -> DictionaryEvaluation:
-        """Measure on held-out text; KeyboardInterrupt where it is to stop before the end."""
+    def subject(self, pca: PCA | None) -> Subject:
+        """The dictionary as it is measured, beside a baseline."""
+        place = place_of(self.hm, self.dictionary, self.site)
+        return Subject(self.dictionary, place, target_of(self.hm, self.dictionary, place, self.target), pca)
+
+    def measured(self, evaluation: DictionaryEvaluation) -> None:
+        """Write the figures."""
         cfg = self.cfg
-        evaluation = evaluate_dictionary(
-            self.hm,
-            self.dictionary,
-            tokens_of(cfg, self.hm, "held_out"),
-            self.site,
-            target=self.target,
-            pca=pca,
-            max_tokens=cfg.evaluation.tokens,
-            should_stop=stop,
-        )
         of_training = f"every {cfg.text.hold_out_every}th document of the training text, not trained on"
         text = cfg.evaluation.data or of_training
         self.folder.evaluation({**evaluation.scalars(), "text": text, "special_tokens": "left out"})
         if self.trackers is not None:
             self.trackers.figures(evaluation.scalars(), self.fit.steps)
-        return evaluation
 
     def _notes(self, training: Training) -> dict[str, Any]:
         """What SAELens' metadata says of a dictionary."""
@@ -280,21 +276,25 @@ class Session:
 
     def measured(self) -> list[DictionaryEvaluation] | None:
         """Measure on held-out text, in the first process alone; None when a signal came before the end."""
-        known: dict[tuple[Any, ...], PCA | None] = {}
-        found = []
         if not all(_fits(member.dictionary, self.hm.device) for member in self.members):
             # Slow, and better than nothing: the device may not hold what was trained in shards.
             self.hm = HookManager.load(self.cfg.model, dtype=self.cfg.dtype, device="cpu")
         for member in self.members:
             member.hm, member.dictionary = self.hm, member.dictionary.to(self.hm.device)
+        wanted = [self._baseline(member) for member in self.members]
+        ranks = {site: max(rank for other, rank in wanted if other == site) for site, _ in wanted}
+        stop = self.stop.signals
         try:
-            for member in self.members:
-                key = self._baseline(member)
-                if key not in known:
-                    known[key] = self._pca(*key)
-                found.append(member.measured(known[key], self.stop.signals))
+            fitted = {site: self._pca(site, rank) for site, rank in ranks.items()}
+            # Of the same baseline there is one object: it is measured once.
+            known = {key: None if (pca := fitted[key[0]]) is None else pca.truncated(key[1]) for key in set(wanted)}
+            subjects = [m.subject(known[key] if key[1] else None) for m, key in zip(self.members, wanted, strict=True)]
+            text, most = tokens_of(self.cfg, self.hm, "held_out"), self.cfg.evaluation.tokens
+            found = evaluate_dictionaries(self.hm, subjects, text, max_tokens=most, should_stop=stop)
         except KeyboardInterrupt:
             return None
+        for member, evaluation in zip(self.members, found, strict=True):
+            member.measured(evaluation)
         return found
 
     def origin(self) -> dict[str, Any]:

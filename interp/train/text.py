@@ -4,16 +4,13 @@ from typing import TYPE_CHECKING
 
 from interp.data.documents import Documents, Part
 from interp.data.tokens import TokenSource
-from interp.testbed.text import TASKS, Text
+from interp.testbed.text import WORLD_TASKS, Text
 from interp.train.config import TextOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["WORLD_TASKS", "WorldTexts", "token_source"]
-
-# The task whose passages hold random bytes is left out, as bytes do not survive being text.
-WORLD_TASKS = tuple(name for name in TASKS if name != "repeat")
 
 
 class WorldTexts:

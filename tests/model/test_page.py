@@ -358,7 +358,7 @@ def test_what_cannot_be_looked_at_is_refused() -> None:
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     draw = torch.Generator().manual_seed(0)
-    names = ["active", "tokens", "missed", "variance", "kl", "n", "clean", "sae", "zero", "mean"]
+    names = ["active", "tokens", "missed", "variance", "kl", "kl_zero", "kl_mean", "n", "clean", "sae", "zero", "mean"]
     names += ["score_everywhere", "score_sae", "score_clean"]
     held = 0
     for _ in range(400):

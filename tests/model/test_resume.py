@@ -263,7 +263,7 @@ def test_a_run_that_ended_while_it_was_measured_is_only_measured_again(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("interp.train.session.evaluate_dictionary", measure)
+        patch.setattr("interp.train.session.evaluate_dictionaries", measure)
         report = run(settings, out, told=told)
     assert report.status == "stopped" and report.training.steps == STEPS and not report.training.stopped
     assert "SIGUSR1: the training is done and saved" in told and "SIGTERM: stopping" in told
