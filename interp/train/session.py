@@ -152,6 +152,10 @@ class Session:
     """
 
     def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: Agreed, world: World) -> None:
+        if not world.first:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
         self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=world.device(cfg.device))
         self.folder, self.stop, self.world = folder, stop, world
         self.members = [

@@ -16,7 +16,7 @@ from tests.dictionaries import CASES, D_SAE, TOKENS, batch_for, make, off, with_
 from tests.threads import together
 
 SPLIT = [(kind, form) for kind, form in CASES if kind != "feature_choice"]
-WAYS = [(2, 1), (3, 1), (1, 2), (1, 4), (2, 2)]
+WAYS = [(3, 1), (1, 4), (2, 2)]
 
 
 def share_of(batch: Batch, across: Across) -> Batch:
