@@ -1,7 +1,6 @@
 """`interp train`: a sparse dictionary on a site of a model, with one command that can be stopped and resumed."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -81,9 +80,9 @@ def main(argv: list[str]) -> int:
     except ConfigError as err:
         return refuse(str(err))
     from interp.train.job import plan_job, train_job, train_sweep
-    from interp.train.world import started
+    from interp.train.world import follows, started
 
-    if int(os.environ.get("RANK", "0")) > 0:
+    if follows():
         return _followed(cfg, line)
     # Without torchrun, as if as many processes were started as are needed.
     most = max(started(), cfg.train.shards) if line.dry_run else None

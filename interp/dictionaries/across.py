@@ -109,7 +109,7 @@ class Across:
             torch.nn.utils.clip_grad_norm_(dictionary.parameters(), most)
             return
         grads = {name: p.grad for name, p in dictionary.named_parameters() if p.grad is not None}
-        squares = {name: grad.double().square().sum() for name, grad in grads.items()}
+        squares = {name: grad.norm().double().square() for name, grad in grads.items()}
         own = [square for name, square in squares.items() if latent_axis(name) is not None]
         shared = [square for name, square in squares.items() if latent_axis(name) is None]
         norm = (self.latents.sum(torch.stack(own).sum()) + sum(shared)).sqrt()

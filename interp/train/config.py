@@ -234,7 +234,10 @@ class TrainConfig(Settings):
     )
     out: str = Field(description="folder to write; it must not hold anything yet")
     seed: int = Field(default=0, ge=0, description="of the first weights and the shuffling")
-    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default where the model loads")
+    device: str | None = Field(
+        default=None,
+        description="cpu, cuda, cuda:1, …; by default where the model loads, under torchrun the rank's GPU",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the model; by default the checkpoint's. The dictionary is always float32"
     )

@@ -176,6 +176,10 @@ class Session:
     """
 
     def __init__(self, cfg: TrainConfig, folder: RunFolder, stop: Agreed, world: World) -> None:
+        if not world.first:
+            from transformers.utils.logging import disable_progress_bar
+
+            disable_progress_bar()
         self.hm = HookManager.load(cfg.model, dtype=cfg.dtype, device=world.device(cfg.device))
         if cfg.downstream.loss != "none":
             # Else each forward would keep what gradients of the weights are made of.

@@ -478,9 +478,10 @@ def run_fits(
         check()
         if save is not None:
             save()
+        stop = asked()  # which is also where processes wait for the one that saves, however long that takes
         report()
         for fit in fits:
-            fit.stopped = not fit.complete and asked()
+            fit.stopped = not fit.complete and stop
 
 
 def _begin(fits: Sequence[DictionaryFit], stream: Iterator[Sequence[Batch]], asked: Callable[[], bool]) -> None:

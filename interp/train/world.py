@@ -27,6 +27,7 @@ __all__ = [
     "LostProcessError",
     "World",
     "check_processes",
+    "follows",
     "gathered",
     "own_part",
     "started",
@@ -81,7 +82,12 @@ class World:
             LostProcessError: inside the block, another of them has ended.
         """
         size = started()
-        check_processes(size, options)
+        try:
+            check_processes(size, options)
+        except ConfigError as err:
+            if follows():
+                raise ElsewhereError(str(err)) from err
+            raise
         if size == 1:
             yield World()
             return
@@ -186,6 +192,11 @@ class Agreed:
 def started() -> int:
     """How many processes torchrun has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def follows() -> bool:
+    """Whether this is one of them, and not the first."""
+    return started() > 1 and int(os.environ.get("RANK", "0")) > 0
 
 
 def check_processes(size: int, options: TrainOptions) -> None:

@@ -223,6 +223,7 @@ def test_a_signal_to_one_process_saves_for_all_and_a_sweep_has_all_its_members(
 def test_what_is_wrong_ends_both_and_one_of_them_says_it(seen: list[dict[str, Any]]) -> None:
     assert [found["held"]["error"] for found in seen] == ["ArtifactError", "ElsewhereError"]
     assert "already holds" in seen[0]["held"]["said"]
+    assert seen[1]["odd"]["error"] == "ElsewhereError"
     assert "batch_size is 255" in seen[0]["odd"]["said"] and "give 256" in seen[0]["odd"]["said"]
     # A number that is none came to the second process alone.
     assert [found["spoiled"]["error"] for found in seen] == ["TrainingError", "ElsewhereError"]
