@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
     from interp.report.dictionary_page import RunRecord, write_dictionary_page
 
     record = RunRecord.read(options.run)
+    run = open_run(options.run, options, tell)
     if options.out is None and not options.run.is_dir():
         return refuse(f"{options.run} is no folder on this machine; say which file to write with --out")
-    run = open_run(options.run, options, tell)
     tell(f"looking at {options.tokens:,} tokens")
     found = top_examples(
         run.hm,
