@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,7 @@ from interp.core.errors import ArtifactError, ConfigError, SiteError
 from interp.core.site import Site
 from interp.data.store import Batch
 from interp.dictionaries.across import ALONE, Across
-from interp.dictionaries.folder import CFG, WEIGHTS, as_class, read_folder
+from interp.dictionaries.folder import CFG, WEIGHTS, check_class, read_folder
 from interp.dictionaries.space import Context, Normalization, Space, has_heads
 
 if TYPE_CHECKING:
@@ -358,7 +358,8 @@ class Dictionary(nn.Module, ABC):
 
         place = find(folder, revision=revision)
         made = read_folder(place.folder, cls) if place.read is None else place.read()
-        dictionary = as_class(made, cls, place.folder)
+        check_class(type(made), cls, place.folder)
+        dictionary = cast("_D", made)
         dictionary.cfg.metadata.update(place.notes)
         if model is None:
             refuse_unbound(dictionary)

@@ -3,7 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -13,7 +13,7 @@ from interp.core.errors import ArtifactError, nearest
 if TYPE_CHECKING:
     from interp.dictionaries.base import Dictionary
 
-__all__ = ["ARCHITECTURES", "CFG", "WEIGHTS", "as_class", "read_cfg", "read_folder", "why_not"]
+__all__ = ["ARCHITECTURES", "CFG", "WEIGHTS", "check_class", "read_cfg", "read_folder", "why_not"]
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -38,8 +38,6 @@ _REFUSED = {
 }
 _REFUSED["matryoshka_batchtopk"] = _REFUSED["batchtopk"]
 
-_D = TypeVar("_D", bound="Dictionary")
-
 
 def read_folder(path: Path, wanted: "type[Dictionary]") -> "Dictionary":
     """Read a dictionary from a folder of SAELens' layout, version 6 or later.
@@ -53,7 +51,7 @@ def read_folder(path: Path, wanted: "type[Dictionary]") -> "Dictionary":
     """
     cfg = read_cfg(path)
     found = _class_of(str(cfg["architecture"]), path)
-    _check_class(found, wanted, path)
+    check_class(found, wanted, path)
     try:
         dictionary = found.from_cfg(cfg)
     except ValidationError as err:
@@ -92,19 +90,14 @@ def why_not(architecture: str) -> str:
     return _REFUSED.get(architecture) or nearest(architecture, ARCHITECTURES) or known
 
 
-def _check_class(found: "type[Dictionary]", wanted: "type[Dictionary]", folder: Path) -> None:
-    if not issubclass(found, wanted):
-        raise ArtifactError(f"{folder} holds a {found.__name__}, not a {wanted.__name__}; use {found.__name__}.load")
-
-
-def as_class(dictionary: "Dictionary", wanted: type[_D], folder: Path) -> _D:
-    """Return a dictionary as one of the class that was asked for.
+def check_class(found: "type[Dictionary]", wanted: "type[Dictionary]", folder: Path) -> None:
+    """Refuse a dictionary of another class than was asked for.
 
     Raises:
-        ArtifactError: it is of another.
+        ArtifactError: names both.
     """
-    _check_class(type(dictionary), wanted, folder)
-    return cast("_D", dictionary)
+    if not issubclass(found, wanted):
+        raise ArtifactError(f"{folder} holds a {found.__name__}, not a {wanted.__name__}; use {found.__name__}.load")
 
 
 def _class_of(architecture: str, folder: Path) -> "type[Dictionary]":
