@@ -40,6 +40,7 @@ _MAIN = (
 _DRAWN = ("fvu", "ce_recovered", "bits", "labels_found", "planted_f1")
 # They compare seeds with one another: they have no noise between seeds of their own.
 _OF_PAIRS = "seeds"
+_FEW_SEEDS = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -288,7 +289,7 @@ def joined(parts: Sequence[Evaluations], runs: Sequence[str]) -> Evaluations:
         rows.unit += part.unit
         for name in ("firing", "fired_on", "nearest", "labels", "core"):
             getattr(rows, name).update(getattr(part, name))
-        rows.notes += [note for note in part.notes if note not in rows.notes and note != UNKNOWN_NOISE]
+        rows.notes += [note for note in part.notes if note not in (*rows.notes, *_unknown(part.settings))]
     settings, seeds, sites = zip(*(known[name] for name in runs), strict=True)
     models = ", ".join(dict.fromkeys(part.provenance.model for part in parts))
     each = {", ".join(part.runs): part.provenance.settings for part in parts}
@@ -296,7 +297,13 @@ def joined(parts: Sequence[Evaluations], runs: Sequence[str]) -> Evaluations:
 
 
 def _unknown(settings: Sequence[str]) -> list[str]:
-    return [UNKNOWN_NOISE] if len(set(settings)) == len(settings) else []
+    """What a reader should know of the noise between seeds."""
+    counts = {setting: list(settings).count(setting) for setting in settings}
+    if max(counts.values(), default=1) == 1:
+        return [UNKNOWN_NOISE]
+    few = {setting: n for setting, n in counts.items() if n < _FEW_SEEDS}
+    said = ", ".join(f"{setting} ({n})" for setting, n in few.items())
+    return [f"{_FEW_SEEDS} seeds or more are advised for the noise between them; fewer: {said}"] if few else []
 
 
 def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def test_the_table_says_what_reseeding_says_and_nothing_where_there_is_one_seed(
     # Equal figures have no noise at all; figures that compare seeds have none of their own; weights have no tokens.
     assert frame.loc[("a0", "l0")]["seed_sd"] == 0
     assert math.isnan(frame.loc[("a0", "mmcs_seeds")]["seed_sd"]) and frame.loc[("a0", "mmcs_seeds")]["n_tokens"] == 0
-    assert found.notes == [] and "sd 0.02" in found.summary() and "3 seeds" in found.summary()
+    assert "fewer: setting a (3), setting b (1)" in found.notes[0] and len(found.notes) == 1
+    assert not table({f"a{i}": i / 7 for i in range(5)}).notes
+    assert "sd 0.02" in found.summary() and "3 seeds" in found.summary()
     alone = table({"a0": 0.1, "b0": 0.2})
     assert alone.notes == [UNKNOWN_NOISE] and "--sweep.seed 0 1 2 3 4" in alone.summary() and not alone.noise()
 
@@ -80,8 +82,8 @@ def test_the_table_says_what_reseeding_says_and_nothing_where_there_is_one_seed(
 def test_evaluations_join_and_keep_themselves_on_disk(tmp_path: Path) -> None:
     one, other = table({"a0": 0.1, "b0": 0.2}), table({"a0": 0.4, "a1": 0.5}, extra="'")
     both = joined([one, other], ["a0'", "a0", "a1'", "b0"])
-    assert both.runs == ["a0'", "a0", "a1'", "b0"] and both.provenance.model == "model, model'"
-    assert list(dict.fromkeys(both.run)) == both.runs and not both.notes
+    assert both.runs == ["a0'", "a0", "a1'", "b0"] and both.provenance.model == "model, model'" and len(both.notes) == 1
+    assert list(dict.fromkeys(both.run)) == both.runs and "5 seeds or more" in both.notes[0]
     frame: Any = both.to_frame().set_index(["run", "figure"])
     assert frame.loc[("a0'", "fvu")]["value"] == 0.4 and frame.loc[("b0", "fvu")]["value"] == 0.2
     assert joined([one], one.runs) is one
