@@ -164,14 +164,16 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor
 
 
 def test_a_release_of_sae_lens_is_loaded_by_its_name(release: dict[str, Tensor], tmp_path: Path) -> None:
-    got, x = SAE.load(f"{RELEASE}/{ID}"), draw(30, D, seed=9)
+    with pytest.raises(ConfigError, match="center_writing_weights.*Give the model"):
+        SAE.load(f"{RELEASE}/{ID}")
+    got, x = SAE.load(f"{RELEASE}/{ID}", model="processed"), draw(30, D, seed=9)
     latents = ((x - release["b_dec"]) @ release["W_enc"] + release["b_enc"]).relu()
     torch.testing.assert_close(got.encode(x), latents, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got(x), latents @ release["W_dec"] + release["b_dec"], rtol=1e-5, atol=1e-5)
     about = got.cfg.metadata
     assert about["loaded_from"] == f"sae_lens:{RELEASE}/{ID}" and about["loaded_from_commit"] == f"{REPO}@{COMMIT}"
     assert got.neuronpedia_url(7) == "https://www.neuronpedia.org/gpt2-small/8-res-jb/7"
-    again = SAE.load(got.save(tmp_path / "kept"))
+    again = SAE.load(got.save(tmp_path / "kept"), model="processed")
     assert again.neuronpedia_url(7) == got.neuronpedia_url(7)
     with pytest.raises(ArtifactError, match=r"has no 'blocks\.8\.hook_resid_prf'; did you mean 'blocks"):
         SAE.load(f"{RELEASE}/blocks.8.hook_resid_prf")
