@@ -164,7 +164,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor
 
 
 def test_a_release_of_sae_lens_is_loaded_by_its_name(release: dict[str, Tensor], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="center_writing_weights.*Give the model"):
+    with pytest.raises(ConfigError, match=r"center_writing_weights.*Give the model"):
         SAE.load(f"{RELEASE}/{ID}")
     got, x = SAE.load(f"{RELEASE}/{ID}", model="processed"), draw(30, D, seed=9)
     latents = ((x - release["b_dec"]) @ release["W_enc"] + release["b_enc"]).relu()
