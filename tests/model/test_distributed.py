@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 import interp
 from interp.cli.main import main as command
 from interp.core.errors import ConfigError
+from interp.core.resources import resource
 from interp.train.config import TrainConfig
 from interp.train.job import plan_job
 from tests.families import make, word_tokenizer
@@ -206,6 +208,26 @@ def test_the_plan_counts_the_bytes_of_one_process(base: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=reason):
             plan_job(TrainConfig.model_validate({**cfg.model_dump(), **update}), processes=processes)
+
+
+@pytest.mark.parametrize(("shards", "d_sae"), [(1, 16_384), (2, 1_048_576)])
+def test_the_lines_for_gemma_on_eight_gpus_are_planned_by_the_formulas(
+    shards: int, d_sae: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Per process: 16 bytes a parameter that it holds, 8 a pre-activation of its tokens; the buffer and model whole."""
+    d, batch, buffer, parameters = 2304, 4096, 262_144, 2_614_341_888
+    tf.Gemma2Config().save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    words = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "run"), "--dry-run", "--json"]
+    words += ["--train.shards", str(shards), "--dictionary.d-sae", str(d_sae)]
+    assert command(["train", str(resource("configs/sae-gemma-2-2b-l12.yaml")), *words]) == 0
+    made = json.loads(capfd.readouterr().out)["estimates"]
+    mine = d_sae // shards
+    assert (made["processes"], made["shards"], made["model_parameters"]) == (8, shards, parameters)
+    assert made["parameters"] == d_sae * (2 * d + 1) + d
+    assert made["dictionary_bytes"] == 16 * (mine * (2 * d + 1) + d) + 8 * (batch // (8 // shards)) * mine
+    assert made["buffer_bytes"] == buffer * (4 * d + 16) and made["model_bytes"] == 2 * parameters
+    assert made["dictionary_bytes"] + made["buffer_bytes"] + made["model_bytes"] < 80e9
 
 
 def test_a_signal_to_one_process_saves_for_all_and_a_sweep_has_all_its_members(
