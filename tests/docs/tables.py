@@ -1,4 +1,4 @@
-"""The tables of the README that are made from the code: `python -m tests.docs.tables [--write]`."""
+"""The tables of the READMEs that are made from the code: `python -m tests.docs.tables [--write]`."""
 
 import argparse
 import ast
@@ -14,7 +14,7 @@ import tests.source as source
 from interp.cli.main import VERBS
 from interp.dictionaries.options import DictionaryOptions
 
-README = source.REPO / "README.md"
+README, GUIDE = source.REPO / "README.md", source.REPO / "interp/dictionaries/README.md"
 
 
 def verbs() -> str:
@@ -39,16 +39,20 @@ def dictionaries() -> str:
     return _table(("`--dictionary.kind`", "what it is", "source"), rows)
 
 
-GENERATED: dict[str, Callable[[], str]] = {"dictionaries": dictionaries, "methods": methods, "verbs": verbs}
+GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
+    README: {"methods": methods, "verbs": verbs},
+    GUIDE: {"dictionaries": dictionaries},
+}
 
 
-def renewed(text: str) -> str:
-    """The README's text with every generated table made anew."""
-    for name, make in GENERATED.items():
+def renewed(page: Path) -> str:
+    """A page's text with every generated table made anew."""
+    text = page.read_text(encoding="utf-8")
+    for name, make in GENERATED[page].items():
         block = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         place = block.search(text)
         if place is None:
-            raise ValueError(f"README.md has no place for the generated table {name!r}")
+            raise ValueError(f"{page} has no place for the generated table {name!r}")
         text = f"{text[: place.start()]}{place[1]}{make()}\n{place[2]}{text[place.end() :]}"
     return text
 
@@ -79,13 +83,14 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def main() -> int:
-    """Print the generated tables, or write them into the README."""
+    """Print the generated tables, or write them into their pages."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write them into README.md")
+    parser.add_argument("--write", action="store_true", help="write them into their pages")
     if parser.parse_args().write:
-        README.write_text(renewed(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in GENERATED:
+            page.write_text(renewed(page), encoding="utf-8")
     else:
-        print("\n\n".join(make() for make in GENERATED.values()))
+        print("\n\n".join(make() for tables in GENERATED.values() for make in tables.values()))
     return 0
 
 

@@ -1,7 +1,9 @@
 """The README is true: its Python runs, its tables are the code's, its commands exist."""
 
 import re
+import shlex
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,14 @@ from pydantic import BaseModel
 
 import tests.source as source
 from interp.cli.main import VERBS
+from interp.cli.main import main as command
 from tests.docs import tables
 
-README = tables.README.read_text(encoding="utf-8")
+README, GUIDE = (page.read_text(encoding="utf-8") for page in (tables.README, tables.GUIDE))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
 
 
 def right_hand_lines() -> list[str]:
@@ -35,7 +38,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.chdir(tmp_path_factory.mktemp("readme"))
         # What `interp train` leaves, but for the training.
         save_a_dictionary(Path("runs/first"), d_model=128)
-        for block in blocks("python"):
+        for block in [*blocks("python"), *blocks("python", GUIDE)]:
             exec(compile(block, "README.md", "exec"), names)
         names["folder"] = Path.cwd()
     return names
@@ -93,22 +96,32 @@ def test_the_listing_of_the_nouns_runs(session: dict[str, Any]) -> None:
 
 
 def test_the_generated_tables_are_the_codes() -> None:
-    assert tables.renewed(README) == README, "run python -m tests.docs.tables --write"
+    for page in tables.GENERATED:
+        assert tables.renewed(page) == page.read_text(encoding="utf-8"), "run python -m tests.docs.tables --write"
 
 
-def test_the_commands_on_the_page_exist() -> None:
-    commands = [line.split() for block in blocks("bash") for line in block.splitlines()]
-    assert ["bash", "scripts/test"] in commands
+@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "dictionaries"])
+def test_the_commands_on_the_page_exist_and_their_options_parse(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [shlex.split(line) for block in blocks("bash", page) for line in block.splitlines()]
+    assert page is GUIDE or ["bash", "scripts/test"] in commands
     for words in commands:
         if words[0] == "interp":
             assert words[1] in VERBS
-    for path in re.findall(r"`(?:bash |python )?((?:scripts|notebooks|tests|benchmarks)/[\w./]+)", README):
-        assert (source.REPO / path).exists(), f"README.md names {path}"
+            options = [word for word in words[2:] if word.startswith("--")]
+            # Of "store" and "testbed", the second word is a verb too.
+            with suppress(SystemExit):
+                command([*words[1 : 3 if words[1] in ("store", "testbed") else 2], "--help"])
+            known = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+            assert all(option in known for option in options), (words, options)
+    for path in re.findall(r"`(?:bash |python )?((?:scripts|notebooks|tests|benchmarks|configs)/[\w./-]+)", page):
+        assert (source.REPO / path).exists(), f"the page names {path}"
+    for name in re.findall(r"`(test_\w+\.py)`", page):
+        assert list((source.REPO / "tests").rglob(name)), f"the page names {name}"
 
 
-def test_the_readme_is_short_and_plain() -> None:
-    assert len(README.splitlines()) <= 280
-    assert not re.search(r"(?<![\w.])/(tmp|work|root|home)/", README)
+def test_the_pages_are_short_and_plain() -> None:
+    assert len(README.splitlines()) <= 280 and len(GUIDE.splitlines()) <= 280
+    assert not re.search(r"(?<![\w.])/(tmp|work|root|home)/", README + GUIDE)
 
 
 @pytest.mark.parametrize("path", sorted((source.REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
