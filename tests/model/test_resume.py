@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import tests.source as repo
+from interp.cli.main import main as command
 from interp.core.errors import ArtifactError, ConfigError
 from interp.data.store import ActivationStore, Batch, StreamState
 from interp.data.tokens import TokenSource
@@ -431,6 +432,10 @@ def end_after(step: int, how: signal.Signals, draw: random.Random) -> None:
 def test_killed_processes_leave_what_another_goes_on_from_to_the_bytes_of_one_that_was_left_alone(
     settings: dict[str, Any], whole: Path, tmp_path: Path, rounds: int
 ) -> None:
+    kill_and_compare(settings, whole, tmp_path, rounds)
+
+
+def kill_and_compare(settings: dict[str, Any], whole: Path, tmp_path: Path, rounds: int) -> None:
     often = changed(settings, "train", checkpoint_every=2)
     (tmp_path / "settings.json").write_text(json.dumps(often))
     code = (
@@ -445,6 +450,30 @@ def test_killed_processes_leave_what_another_goes_on_from_to_the_bytes_of_one_th
     assert process.returncode == 0, process.stderr.decode()[-2000:]
     for number in range(rounds):
         assert held(tmp_path / f"run-{number}") == held(whole), f"round {number}"
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "stored": {},
+    "tuned": {
+        "train": {"optimizer": "signsgd", "ema": 0.9, "normalize": "whiten", "schedule": "cosine"},
+        "dictionary": {"init": "subspace"},
+    },
+    "behind-the-site": {"downstream": {"loss": "kl"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_so_they_do_of_a_store_with_all_options_and_with_a_loss_behind_the_site(
+    settings: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    variant = {**settings, **{k: {**settings.get(k, {}), **v} for k, v in VARIANTS[name].items()}}
+    if name == "stored":
+        line = f"capture --model {settings['model']} --sites {SITE} --data {settings['data']} --text.ctx 16".split()
+        assert command([*line, "--text.part", "train", "--out", str(tmp_path / "store")]) == 0
+        variant["store"] = str(tmp_path / "store")
+    assert run(variant, tmp_path / "whole").status == "finished"
+    kill_and_compare(variant, tmp_path / "whole", tmp_path, 7)
 
 
 def test_the_comparison_of_bytes_sees_a_seed_and_a_step(settings: dict[str, Any], whole: Path, tmp_path: Path) -> None:
