@@ -10,7 +10,7 @@ import tyro
 from pydantic import Field
 
 from interp.cli.lines import refuse, tell
-from interp.cli.runs import OpenRun, TextChoice, expanded, open_run, settings_of
+from interp.cli.runs import OpenRun, TextChoice, expanded, is_elsewhere, open_run, settings_of
 from interp.core.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -66,15 +66,15 @@ def main(argv: list[str]) -> int:
     if options.out is None and len(options.runs) > 1:
         return refuse(f"{len(options.runs)} folders were named; say where the table goes with --out FOLDER")
     out = options.out or options.runs[0]
-    if out.is_file():
+    if options.out is not None and out.is_file():
         return refuse(f"--out {out} is a file; give a folder")
+    if options.out is None and is_elsewhere(out):
+        return refuse(f"{out} is no folder on this machine; say where the table goes with --out FOLDER")
     from interp.evaluate.evaluations import joined
 
     folders, models = expanded(options.runs), dict[tuple[Any, ...], "HookManager"]()
     names = _names(folders)
     runs = {name: open_run(path, options, tell, models=models) for name, path in zip(names, folders, strict=True)}
-    if options.out is None and not out.is_dir():
-        return refuse(f"{out} is no folder on this machine; say where the table goes with --out FOLDER")
     said = settings_of(runs)
     found = joined([_measured(group, said, options) for group in _groups(runs, options)], list(runs))
     files = _write(found, out, runs if options.out is None else {})

@@ -10,7 +10,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from interp.cli.lines import tell
-from interp.core.errors import ConfigError
+from interp.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from interp.dictionaries.base import Dictionary, Transcoder
@@ -64,27 +64,34 @@ def main(argv: list[str]) -> int:
     from interp.dictionaries.base import Dictionary
     from interp.dictionaries.foreign import vacant
 
-    vacant(options.out)  # before anything is loaded
-    dictionaries: list[Dictionary] = []
-    for run in options.runs:
-        tell(f"loading {run}")
-        dictionaries.append(Dictionary.load(run))
-    if options.to == "circuit-tracer":
-        from interp.dictionaries.circuit_tracer import to_circuit_tracer
-
-        to_circuit_tracer(
-            _by_layer(options.runs, dictionaries),
-            options.out,
-            model=options.model,
-            feature_input_hook=options.feature_input_hook,
-            feature_output_hook=options.feature_output_hook,
-            scan=options.scan,
-        )
-    else:
-        _one_by_one(options, dictionaries)
+    try:
+        vacant(options.out)  # before anything is loaded
+        dictionaries: list[Dictionary] = []
+        for run in options.runs:
+            tell(f"loading {run}")
+            dictionaries.append(Dictionary.load(run, model="processed"))  # weights and metadata stay as they are
+        _write(options, dictionaries)
+    except OSError as err:
+        raise ArtifactError(f"{options.out} cannot be written: {err.strerror}; give another folder with --out") from err
     said = {"out": str(options.out), "format": options.to, "dictionaries": len(dictionaries)}
     sys.stdout.write(f"{json.dumps(said) if options.json_output else options.out}\n")
     return 0
+
+
+def _write(options: ExportOptions, dictionaries: "Sequence[Dictionary]") -> None:
+    if options.to != "circuit-tracer":
+        _one_by_one(options, dictionaries)
+        return
+    from interp.dictionaries.circuit_tracer import to_circuit_tracer
+
+    to_circuit_tracer(
+        _by_layer(options.runs, dictionaries),
+        options.out,
+        model=options.model,
+        feature_input_hook=options.feature_input_hook,
+        feature_output_hook=options.feature_output_hook,
+        scan=options.scan,
+    )
 
 
 def _by_layer(runs: Sequence[str], dictionaries: "Sequence[Dictionary]") -> "dict[int, Transcoder]":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from interp.dictionaries.base import Dictionary
     from interp.train.config import TextOptions, TrainConfig
 
-__all__ = ["OpenRun", "RunOptions", "TextChoice", "expanded", "open_run", "settings_of"]
+__all__ = ["OpenRun", "RunOptions", "TextChoice", "expanded", "is_elsewhere", "open_run", "settings_of"]
 
 _NO_SETTING = {"seed", "out", "sweep", "device", "store_cache", "store_cache_bytes"}
 
@@ -33,6 +33,10 @@ class TextChoice(BaseModel):
         default=None, description="text: a file, a folder, hf://owner/name, or testbed; by default that of the run"
     )
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, …; by default as in the run")
+    site: str | None = Field(
+        default=None,
+        description="the site that it reads, where it does not say so; by default the one it was trained on",
+    )
     json_output: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = Field(
         default=False, description="print one JSON object on stdout, and nothing else there"
     )
@@ -125,13 +129,20 @@ def open_run(
         tell(f"loading {name}")
         loaded[key] = HookManager.load(key[0], dtype=key[1], device=device)
     hm = loaded[key]
-    dictionary = for_model(dictionary.to(hm.device), hm, site=None if cfg is None else cfg.site)
+    read = options.site or (None if cfg is None else cfg.site)
+    dictionary = for_model(dictionary.to(hm.device), hm, site=read)
     if cfg is not None:
         text = cfg.text
     else:
-        text = TextOptions(ctx=int(known["context_size"])) if known.get("context_size") else TextOptions()
-    site = place_of(hm, dictionary, None if cfg is None else cfg.site)
+        usual = TextOptions().ctx
+        text = TextOptions(ctx=int(known.get("context_size") or min(usual, hm.max_positions or usual)))
+    site = place_of(hm, dictionary, read)
     return OpenRun(folder, hm, dictionary, site, cfg, text, options.data)
+
+
+def is_elsewhere(run: Path) -> bool:
+    """Whether what is named is a dictionary, but no folder to write to: a file, or something on the hub."""
+    return run.is_file() or str(run).startswith("hf:")
 
 
 def expanded(folders: Sequence[Path]) -> list[Path]:

@@ -8,7 +8,7 @@ import tyro
 from pydantic import Field
 
 from interp.cli.lines import refuse, tell
-from interp.cli.runs import OpenRun, RunOptions, open_run
+from interp.cli.runs import OpenRun, RunOptions, is_elsewhere, open_run
 from interp.core.errors import ArtifactError
 
 __all__ = ["ShowOptions", "main"]
@@ -49,9 +49,9 @@ def main(argv: list[str]) -> int:
     from interp.report.dictionary_page import RunRecord, write_dictionary_page
 
     record = RunRecord.read(options.run)
-    run = open_run(options.run, options, tell)
-    if options.out is None and not options.run.is_dir():
+    if options.out is None and is_elsewhere(options.run):
         return refuse(f"{options.run} is no folder on this machine; say which file to write with --out")
+    run = open_run(options.run, options, tell)
     tell(f"looking at {options.tokens:,} tokens")
     found = top_examples(
         run.hm,

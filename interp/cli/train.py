@@ -133,6 +133,8 @@ def _given(path: str | None, words: list[str]) -> dict[str, Any]:
     if on_line & {"-h", "--help"}:
         return {}
     built_in = {} if on_line & {"--model", "--data"} else read_yaml(resource(_BUILT_IN))
+    if "--start" in on_line:
+        built_in.pop("dictionary", None)  # its sizes are those of the one that is gone on from
     out = value_on(words, "--out") or built_in.get("out")
     if "--resume" in on_line and out is not None:
         from interp.train.runfolder import RunFolder

@@ -205,7 +205,7 @@ class HookManager:
             DataError: nothing to run, ids outside the vocabulary, or a mask that does not fit.
         """
         tokens = read_inputs(self.tokenizer, inputs, bos=bos, mask=mask)
-        check_tokens(tokens, rows=self._embedding_rows, longest=self._max_positions)
+        check_tokens(tokens, rows=self._embedding_rows, longest=self.max_positions)
         return tokens
 
     @cached_property
@@ -215,11 +215,10 @@ class HookManager:
         return int(weight.shape[0]) if isinstance(weight, Tensor) else self.d_vocab
 
     @cached_property
-    def _max_positions(self) -> int | None:
-        if not self.map.has("pos_embed"):
-            return None
+    def max_positions(self) -> int | None:
+        """Positions that the model has learnt; None where it has no table of them."""
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", None)
-        return int(limit) if limit else None
+        return int(limit) if limit and self.map.has("pos_embed") else None
 
     def to_str_tokens(self, inputs: Inputs) -> Any:
         """Return the text of each token: a list for one string or row, a list of lists otherwise."""

@@ -159,9 +159,10 @@ def fit_for_tracing(transcoders: Mapping[int, Transcoder]) -> list[ReLUTranscode
         made = given if isinstance(given, ReLUTranscoder | JumpReLUTranscoder) else given.frozen()
         if not isinstance(made, ReLUTranscoder | JumpReLUTranscoder):
             raise ArtifactError(f"layer {layer} has a {type(given).__name__}; expected a ReLU or JumpReLU transcoder")
-        for name in ("normalize_activations", "reshape_activations"):
-            if (value := getattr(made.cfg, name, "none")) != "none":
-                raise ArtifactError(f"circuit-tracer cannot say {name}={value!r} (layer {layer}); fold it in first")
+        if (how := made.cfg.normalize_activations) != "none":
+            raise ArtifactError(
+                f"circuit-tracer cannot say normalize_activations={how!r} (layer {layer}); keep it in SAELens' format"
+            )
         found.append(made)
     if len(widths := {width for t in found for width in (t.cfg.d_in, t.d_out)}) > 1:
         raise ConfigError(f"circuit-tracer takes transcoders of one width, the model's; got {sorted(widths)}")

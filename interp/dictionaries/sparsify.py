@@ -92,9 +92,9 @@ def to_sparsify(dictionary: Dictionary, folder: str | Path) -> Path:
         )
     if made.d_out != made.cfg.d_in:
         raise ArtifactError(f"sparsify's transcoders have one width; this reads {made.cfg.d_in}, gives {made.d_out}")
-    for name in ("normalize_activations", "reshape_activations"):
-        if (value := getattr(made.cfg, name, "none")) != "none":
-            raise ArtifactError(f"sparsify cannot say {name}={value!r}; fold it into the weights first")
+    # Heads that are read side by side are no more than that to it.
+    if (how := made.cfg.normalize_activations) != "none":
+        raise ArtifactError(f"sparsify cannot say normalize_activations={how!r}; keep it in SAELens' format")
     target = vacant(folder)
     if isinstance(made, TopKSAE) and made.cfg.rescale_acts_by_decoder_norm:
         made = deepcopy(made)

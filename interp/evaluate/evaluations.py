@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["UNKNOWN_NOISE", "Evaluations", "Rows"]
 
 UNKNOWN_NOISE = "noise between seeds is unknown: train with --sweep.seed 0 1 2 3 4 (5 or more are advised)"
+_COLUMNS = (
+    *("run", "setting", "seed", "figure", "value", "low", "high", "n_tokens", "unit"),
+    *("n_seeds", "seed_mean", "seed_sd", "seed_cv", "smallest_difference", "definition"),
+)
 _MAIN = (
     "l0",
     "fvu",
@@ -134,7 +138,7 @@ class Evaluations(Result):
                     "definition": DEFINITIONS[figure].meaning,
                 }
             )
-        return pd.DataFrame(rows).astype({"seed": "Int64"})
+        return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"seed": "Int64"})
 
     def labels_frame(self) -> "pandas.DataFrame":
         """Return one row per dictionary and value of a label of the small world; empty where none was measured."""
@@ -184,7 +188,7 @@ class Evaluations(Result):
                     text = f"{one.title} {sum(values) / len(values):.{one.digits}f}"
                     said.append(text if spread is None else f"{text} (sd {float(spread.sd[0]):.2g})")
             seeds = f", {len(mine)} seeds" if len(mine) > 1 else ""
-            lines.append(f"{setting}{seeds}: {', '.join(said)}")
+            lines.append(f"{setting}{seeds}: {', '.join(said) or 'nothing that was asked for applies'}")
         return "\n".join([*lines, *self.notes])
 
 

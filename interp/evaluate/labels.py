@@ -291,7 +291,7 @@ def _read(hm: "HookManager", dictionary: Dictionary, labelled: LabelledTokens, p
             token, unit = (active > 0).nonzero().T
             fired.append((token + n, unit, active[token, unit]))
             n += len(active)
-        xs.append(x[keep.to(x.device)].float().cpu())
+        xs.append(x[keep.to(x.device)].flatten(1).float().cpu())  # heads side by side
         kept.append(keep)
     keep = torch.cat(kept)
     shifts = sorted({2 * max(1, rows // 2 * (i + 1) // (_SHIFTS + 1)) for i in range(_SHIFTS)})

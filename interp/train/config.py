@@ -189,7 +189,8 @@ class SweepOptions(Settings):
     def _distinct(self) -> "SweepOptions":
         for name in type(self).model_fields:
             values = getattr(self, name)
-            if len(set(values)) < len(values) and name != "target":
+            apart = {Site(value) for value in values} if name == "site" else set(values)
+            if len(apart) < len(values) and name != "target":
                 raise ValueError(f"{name} holds {values}: give each value once")
         if self.target and len(self.target) != len(self.site):
             raise ValueError(f"{len(self.target)} targets for {len(self.site)} sites; give one target for each site")
@@ -283,6 +284,15 @@ class TrainConfig(Settings):
             raise ValueError(
                 f"train.batch_size is {self.train.batch_size} and text.ctx {self.text.ctx}: with downstream.loss a "
                 "step takes whole rows, so at least one must fit; raise the one or lower the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _draws_nothing(self) -> "TrainConfig":
+        if self.start is not None and (self.sweep.seed or self.dictionary.init != "random"):
+            raise ValueError(
+                "sweep.seed and dictionary.init are of first weights, and with start there are none to draw; leave them "
+                "out"
             )
         return self
 

@@ -91,7 +91,7 @@ def downstream_loss(
         run = hm.run(_some(block, part).inputs, read=[place], write=[edit], grad=of, logits="all")
         assert run.metric is not None and run.grad is not None
         value = value + run.metric.to(value)
-        found[part] = run.grad[place.name].to(found)
+        found[part] = run.grad[place.name].flatten(2).to(found)
     if found is None:
         return value
     known: Tensor = _Known.apply(reconstruction, value, found.flatten(0, 1).index_select(0, at))
@@ -137,7 +137,7 @@ class _StandIn(Intervention):
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return the value."""
-        return self.value.to(x.device, x.dtype, copy=True)
+        return self.value.to(x.device, x.dtype, copy=True).view(x.shape)  # heads may have been side by side
 
 
 class _Known(torch.autograd.Function):

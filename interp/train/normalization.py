@@ -95,8 +95,8 @@ def normalize_at_run_time(dictionary: Dictionary, wanted: str, *, trained: bool)
         )
     if trained and wanted in ("layer_norm", "whiten") and has != wanted:
         raise ConfigError(
-            f"the dictionary to go on from was trained with {has!r} and train.normalize is {wanted!r}, which would "
-            f"make it another function; use {'mean_norm' if has == 'none' else 'none'!r}"
+            f"the dictionary to go on from has normalize_activations {has!r} and train.normalize is {wanted!r}, which "
+            f"would make it another function; use {'mean_norm' if has == 'none' else 'none'!r}"
         )
     if wanted == "layer_norm":
         dictionary.set_cfg(dictionary.cfg.model_copy(update={"normalize_activations": "layer_norm"}))

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from interp.core.disk import digest
-from interp.core.errors import ConfigError
+from interp.core.errors import ArtifactError, ConfigError
 from interp.core.site import Site
 from interp.dictionaries.base import Dictionary
 from interp.dictionaries.batchtopk import BatchTopKDictionary, BatchTopKSAE, BatchTopKTranscoder
-from interp.dictionaries.folder import read_cfg
+from interp.dictionaries.folder import CFG, WEIGHTS, read_cfg
 from interp.dictionaries.topk import GradientTopKSAE
 from interp.train.config import TrainConfig
 
@@ -60,6 +60,11 @@ def followed(cfg: TrainConfig, d_in: int, d_out: int) -> TrainConfig:
     """
     if cfg.start is None:
         return cfg
+    if not (Path(cfg.start) / CFG).is_file() or not (Path(cfg.start) / WEIGHTS).is_file():
+        raise ConfigError(
+            f"start {cfg.start} is no folder of SAELens' layout, which training goes on from; of what else "
+            f"interp.SAE.load reads make one: `interp export {cfg.start} --to saelens --out FOLDER`"
+        )
     held, asked = read_cfg(Path(cfg.start)), cfg.dictionary
     architecture, where = str(held["architecture"]), f"the dictionary in {cfg.start}"
     kinds = _KINDS.get(architecture)
@@ -93,12 +98,16 @@ def started(cfg: TrainConfig) -> Start | None:
         cfg: what `followed` gave, with all sizes.
 
     Raises:
-        ArtifactError: the folder's weights are missing or damaged.
+        ArtifactError: the folder's weights are missing or damaged, or no numbers.
         ConfigError: rows have other norms than 1, and their latents are chosen in a way that norms decide.
     """
     if cfg.start is None:
         return None
     loaded = Dictionary.load(cfg.start)
+    for name, value in loaded.state_dict().items():
+        # A threshold of a latent that is never active may be infinite.
+        if bool(value.isnan().any()) or (name != "threshold" and bool(value.isinf().any())):
+            raise ArtifactError(f"{cfg.start} holds {name} with NaN or infinite numbers; save it again, or train anew")
     made = _for_training(loaded, cfg)
     bring_to_norm(made)
     weights = loaded.state_dict()

@@ -104,6 +104,6 @@ def test_measuring_a_dictionary_that_is_no_folder_here_needs_a_file_to_write(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export(runs, "mlp0 mlp1", "circuit-tracer", tmp_path / "set") == 0
-    for verb in ("eval", "show"):
-        assert main([verb, str(tmp_path / "set" / "layer_0.safetensors"), "--model", "nothing"]) == 1
-        assert "say which file to write with --out" in capsys.readouterr().err
+    for verb, what in (("eval", "where the table goes"), ("show", "which file to write")):
+        assert main([verb, str(tmp_path / "set" / "layer_0.safetensors"), "--model", "nothing"]) == 2
+        assert f"say {what} with --out" in capsys.readouterr().err

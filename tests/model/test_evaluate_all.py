@@ -200,7 +200,7 @@ def test_planted_atoms_are_found_by_their_own_dictionary_and_not_by_another() ->
     planted = PlantedWorld(16, 24, density=0.1)
     right, wrong = (make_dictionary("standard", dtype="float32") for _ in range(2))
     for made in (right, wrong):
-        made.cfg = made.cfg.model_copy(update={"d_in": 24, "d_sae": 16})
+        made.set_cfg(made.cfg.model_copy(update={"d_in": 24, "d_sae": 16}))
     draw = torch.randn(16, 24, generator=torch.Generator().manual_seed(5))
     for made, rows in ((right, planted.atoms), (wrong, draw / draw.norm(dim=1, keepdim=True))):
         made.W_enc, made.W_dec = torch.nn.Parameter(rows.T.clone()), torch.nn.Parameter(rows.clone())
