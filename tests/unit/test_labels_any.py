@@ -15,7 +15,12 @@ ROWS, HAS = 20, 10
 
 
 def scores(
-    chosen: list[float], hits: list[list[int]], *, shuffles: Any = None, control: tuple[list[float], list[float]], n: int
+    chosen: list[float],
+    hits: list[list[int]],
+    *,
+    shuffles: Any = None,
+    control: tuple[list[float], list[float]],
+    n: int,
 ) -> LabelScores:
     """A dictionary that fires as often as each value is there, with so many hits in each scored row of HAS tokens."""
     values = len(chosen)
@@ -59,8 +64,12 @@ def flat(*shares: float) -> list[list[int]]:
 
 def two() -> dict[str, LabelScores]:
     """Of four values, "a" is better to choose by at the first two, and worse on the scored rows at the second."""
-    a = scores([0.9, 0.9, 0.2, 0.5], flat(0.9, 0.3, 0.1, 0.5), control=([0.7, 0.1, 0.0, 0.0], [0.2, 0.9, 0.0, 0.0]), n=1)
-    b = scores([0.8, 0.8, 0.9, 0.4], flat(1.0, 1.0, 0.8, 0.9), control=([0.6, 0.5, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0]), n=11)
+    a = scores(
+        [0.9, 0.9, 0.2, 0.5], flat(0.9, 0.3, 0.1, 0.5), control=([0.7, 0.1, 0.0, 0.0], [0.2, 0.9, 0.0, 0.0]), n=1
+    )
+    b = scores(
+        [0.8, 0.8, 0.9, 0.4], flat(1.0, 1.0, 0.8, 0.9), control=([0.6, 0.5, 0.0, 0.0], [0.9, 0.1, 0.0, 0.0]), n=11
+    )
     return {"a": a, "b": b}
 
 
@@ -70,7 +79,12 @@ def test_the_dictionary_is_chosen_where_its_latent_was_and_scored_on_the_other_r
     # The best on the scored rows would be 1, 1, 0.8 and 0.9: no look at them is taken.
     assert found.f1.tolist() == pytest.approx([0.9, 0.3, 0.8, 0.5])
     assert found.latent.tolist() == [1, 2, 13, 4] and found.level.tolist() == pytest.approx([0.01, 0.01, 0.11, 0.01])
-    assert found.found.tolist() == [True, False, True, False] and found.in_context.tolist() == [False, False, True, False]
+    assert found.found.tolist() == [True, False, True, False] and found.in_context.tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
     # So are directions: the first of "a" and the second of "b", though the others score better.
     assert found.random.tolist() == pytest.approx([0.2, 0.1, 0.0, 0.0]) and found.pca.equal(found.random)
     said = found.figures()
