@@ -25,7 +25,7 @@ from interp.evaluate.place import place_of, target_of
 from interp.evaluate.planted import PlantedWorld, planted_scores
 from interp.evaluate.samples import Samples
 from interp.evaluate.sums import Subject
-from interp.testbed.text import WORLD_TASKS, Text
+from interp.testbed.text import WORLD_TASKS, LabelledTokens, Text
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -132,13 +132,7 @@ def evaluate_all(
                 _noted(rows, name, part, measure, (at[places[name]], dictionary, places[name], max_tokens))
     if "labels" in wanted and of_the_world(hm):
         labelled = Text("evaluation", tasks=WORLD_TASKS).labelled_rows(-(-max_tokens // tokens.ctx), tokens.ctx)
-        scored = dict[str, LabelScores]()
-        for name, dictionary in dictionaries.items():
-            # Random directions at one site are not to be those of another dictionary there.
-            seed = sum(places[one] == places[name] for one in scored)
-            _noted(rows, name, "labels", _labels, (hm, labelled, dictionary, places[name], seed, scored))
-        if len(scored) > 1:
-            rows.of_any(f"any of {len(scored)} of {hm.name}", labels_found_by_any(scored))
+        _labels(rows, hm, labelled, dictionaries, places)
     elif only and "labels" in wanted:
         rows.notes.append(f"labels are known of the small world alone, and {hm.name} is no model of it")
     settings = {"max_tokens": max_tokens, "parts": wanted, "special_tokens": "left out", "text": tokens.describe()}
@@ -320,9 +314,26 @@ def _description_length(
 
 def _labels(
     rows: Rows,
+    hm: "HookManager",
+    labelled: LabelledTokens,
+    dictionaries: Mapping[str, Dictionary],
+    places: Mapping[str, Site],
+) -> None:
+    """The labels that each finds, and those that any of them does."""
+    scored = dict[str, LabelScores]()
+    for name, dictionary in dictionaries.items():
+        # Random directions at one site are not to be those of another dictionary there.
+        seed = sum(places[one] == places[name] for one in scored)
+        _noted(rows, name, "labels", _labels_of, (hm, labelled, dictionary, places[name], seed, scored))
+    if len(scored) > 1:
+        rows.of_any(f"any of {len(scored)} of {hm.name}", labels_found_by_any(scored))
+
+
+def _labels_of(
+    rows: Rows,
     name: str,
     hm: "HookManager",
-    labelled: Any,
+    labelled: LabelledTokens,
     dictionary: Dictionary,
     place: Site,
     seed: int,

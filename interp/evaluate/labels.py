@@ -258,7 +258,6 @@ def label_scores(
         raise DataError(f"no label has a value with {min_tokens} tokens in each half; give more rows")
     draw = torch.Generator().manual_seed(seed)
     found = _scores(text, text.labels, values, units)
-    f1 = found.f1()
     shuffles = torch.stack([_scores(text, labels, values, units).both() for labels in text.shifted])
     shuffled = shuffles[:, 1].amax(0)
     often = torch.bincount(units.unit[text.fit[units.token]], minlength=units.n)
@@ -276,7 +275,7 @@ def label_scores(
         count=found.has.sum(1).long(),
         latent=found.unit % dictionary.cfg.d_sae,
         level=torch.tensor(LEVELS)[found.unit // dictionary.cfg.d_sae],
-        f1=f1,
+        f1=found.f1(),
         precision=found.hits.sum(1) / found.fires.sum(1).clamp_min(1),
         recall=found.hits.sum(1) / found.has.sum(1).clamp_min(1),
         low=low,
