@@ -31,6 +31,9 @@ class Ahead(Iterator[_T], Generic[_T]):
         self._thread.start()
         _OPEN.add(self)
 
+    # At the end of the interpreter a stream that is still open is closed after its modules have been emptied.
+    _empty = queue.Empty
+
     def __next__(self) -> _T:
         going, item = self._waited()
         if going:
@@ -45,7 +48,7 @@ class Ahead(Iterator[_T], Generic[_T]):
         while not self._ended.is_set():
             try:
                 return self._ready.get(timeout=_SHORT)
-            except queue.Empty:
+            except self._empty:
                 continue
         return False, None
 
@@ -53,7 +56,7 @@ class Ahead(Iterator[_T], Generic[_T]):
         """End the thread and wait for it; items that waited are dropped."""
         self._ended.set()
         # Room for what it may be waiting to put down.
-        with suppress(queue.Empty):
+        with suppress(self._empty):
             while True:
                 self._ready.get_nowait()
         if self._thread is not threading.current_thread():

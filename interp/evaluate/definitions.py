@@ -183,6 +183,7 @@ _LENGTH = (
 )
 
 _FOUND = "Values that are found where F1 ≥ 0.8"
+_ANY = "The same by any of the dictionaries, chosen alike"
 _LABELS = (
     (
         "labels_tested",
@@ -219,6 +220,24 @@ _LABELS = (
     ("labels_found_random", "Control: random", f"{_FOUND} by as many random directions, as often firing.", "", 0),
     ("labels_found_pca", "Control: PCA", f"{_FOUND} by as many principal directions, as often firing.", "", 0),
     ("labels_found_tokens", "Control: tokens", f"{_FOUND} by the best set of tokens, without context.", "", 0),
+    (
+        "labels_found_by_any",
+        "Values found by any dictionary",
+        "Values that a latent of some dictionary, both chosen on other rows, finds with F1 ≥ 0.8, well above chance.",
+        "higher",
+        0,
+    ),
+    (
+        "labels_found_by_any_in_context",
+        "… by any, in context",
+        "Those of them that no set of tokens finds: the token alone does not tell.",
+        "higher",
+        0,
+    ),
+    ("labels_found_by_any_shuffled", "Control of any: other labels", f"{_ANY}, for the labels of other rows.", "", 0),
+    ("labels_found_by_any_random", "Control of any: random", f"{_ANY}, as random directions.", "", 0),
+    ("labels_found_by_any_pca", "Control of any: PCA", f"{_ANY}, as principal directions.", "", 0),
+    ("labels_found_by_any_tokens", "Control of any: tokens", f"{_FOUND} by the best set of tokens.", "", 0),
 )
 
 _PLANTED = (

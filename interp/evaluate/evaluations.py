@@ -14,6 +14,7 @@ from torch import Tensor
 
 from interp.core.result import Provenance, Result
 from interp.evaluate.definitions import DEFINITIONS, LEFT_OUT, PARTS, Definition
+from interp.evaluate.labels_any import LabelsOfAny
 from interp.evaluate.noise import ReseedNoise, reseed_noise
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Evaluations(Result):
         settings: of each, what it was trained with, seed apart; those with the same are reseeds of one another.
         seeds: the seed of each; −1 where it is not known.
         sites: where each acts.
-        run: of each row, the dictionary.
+        run: of each row, the dictionary; or a name such as "any of 4 of testbed", for what is of several together.
         figure: of each row, the figure; `interp.evaluate.definitions.DEFINITIONS` says what it is.
         value: of each row, the figure's value; NaN where it is undefined.
         low, high: 95 % interval of each over independent units of text; NaN where there is none.
@@ -69,6 +70,7 @@ class Evaluations(Result):
         nearest: dictionary → largest cosine of each decoder row with another.
         labels: dictionary → the table of labels of the small world, by column; see `LabelScores`.
         core: dictionary → the figures of `evaluate_dictionary` by name, with their intervals.
+        of_any: a sentence for each count of what several dictionaries find together.
         notes: what was not measured, and why.
     """
 
@@ -92,6 +94,7 @@ class Evaluations(Result):
     nearest: dict[str, Float[Tensor, "_"]]
     labels: dict[str, dict[str, Any]]
     core: dict[str, dict[str, Any]]
+    of_any: list[str]
     notes: list[str]
 
     def noise(self) -> dict[tuple[str, str], ReseedNoise]:
@@ -101,7 +104,7 @@ class Evaluations(Result):
         """
         of, values = dict(zip(self.runs, self.settings, strict=True)), dict[tuple[str, str], list[float]]()
         for run, figure, value in zip(self.run, self.figure, self.value.tolist(), strict=True):
-            if DEFINITIONS[figure].part != _OF_PAIRS and math.isfinite(value):
+            if run in of and DEFINITIONS[figure].part != _OF_PAIRS and math.isfinite(value):
                 values.setdefault((of[run], figure), []).append(value)
         return {key: reseed_noise(found, figure=key[1]) for key, found in values.items() if len(found) > 1}
 
@@ -117,7 +120,7 @@ class Evaluations(Result):
         rows, ends = [], zip(self.value.tolist(), self.low.tolist(), self.high.tolist(), strict=True)
         others = zip(self.run, self.figure, ends, self.n_tokens.tolist(), self.unit, strict=True)
         for run, figure, (value, low, high), n_tokens, unit in others:
-            setting, seed = self.settings[at[run]], self.seeds[at[run]]
+            setting, seed = (self.settings[at[run]], self.seeds[at[run]]) if run in at else (run, -1)
             found = noise.get((setting, figure))
             rows.append(
                 {
@@ -189,7 +192,7 @@ class Evaluations(Result):
                     said.append(text if spread is None else f"{text} (sd {float(spread.sd[0]):.2g})")
             seeds = f", {len(mine)} seeds" if len(mine) > 1 else ""
             lines.append(f"{setting}{seeds}: {', '.join(said) or 'nothing that was asked for applies'}")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.of_any, *self.notes])
 
 
 @dataclass
@@ -207,6 +210,7 @@ class Rows:
     nearest: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)
     core: dict[str, dict[str, Any]] = field(default_factory=dict)
+    together: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(
@@ -236,6 +240,18 @@ class Rows:
             self.n_tokens.append(n_tokens)
             self.unit.append(unit if math.isfinite(high - low) else "")
 
+    def of_any(self, run: str, found: LabelsOfAny) -> None:
+        """Append what several dictionaries find together.
+
+        Args:
+            run: a name for them together, which no dictionary has.
+            found: by any of them.
+        """
+        ends = {"labels_found_by_any": found.found_interval}
+        self.add(run, found.figures(), intervals=ends, n_tokens=found.n_tokens, unit="row")
+        self.labels[run] = {str(k): v for k, v in found.to_frame().to_dict("list").items()}
+        self.together.append(found.summary())
+
     def result(
         self, runs: Sequence[str], settings: Sequence[str], seeds: Sequence[int], sites: Sequence[str], of: Provenance
     ) -> Evaluations:
@@ -249,7 +265,8 @@ class Rows:
             of: provenance of all.
         """
         place = {name: i for i, name in enumerate(DEFINITIONS)}
-        order = sorted(range(len(self.run)), key=lambda i: (runs.index(self.run[i]), place[self.figure[i]]))
+        at = {name: i for i, name in enumerate(runs)}
+        order = sorted(range(len(self.run)), key=lambda i: (at.get(self.run[i], len(at)), place[self.figure[i]]))
         ends = torch.tensor([self.ends[i] for i in order], dtype=torch.float64).reshape(-1, 2)
         return Evaluations(
             runs=list(runs),
@@ -268,6 +285,7 @@ class Rows:
             nearest=self.nearest,
             labels=self.labels,
             core=self.core,
+            of_any=self.together,
             notes=[*self.notes, *_unknown(settings)],
             provenance=of,
         )
@@ -293,6 +311,7 @@ def joined(parts: Sequence[Evaluations], runs: Sequence[str]) -> Evaluations:
         rows.unit += part.unit
         for name in ("firing", "fired_on", "nearest", "labels", "core"):
             getattr(rows, name).update(getattr(part, name))
+        rows.together += part.of_any
         rows.notes += [note for note in part.notes if note not in (*rows.notes, *_unknown(part.settings))]
     settings, seeds, sites = zip(*(known[name] for name in runs), strict=True)
     models = ", ".join(dict.fromkeys(part.provenance.model for part in parts))

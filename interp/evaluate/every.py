@@ -19,12 +19,13 @@ from interp.evaluate.definitions import DEFINITIONS, PARTS
 from interp.evaluate.description_length import description_length_of
 from interp.evaluate.dictionary import DictionaryEvaluation, evaluate_dictionaries
 from interp.evaluate.evaluations import Evaluations, Rows
-from interp.evaluate.labels import label_scores, of_the_world
+from interp.evaluate.labels import LabelScores, label_scores, of_the_world
+from interp.evaluate.labels_any import labels_found_by_any
 from interp.evaluate.place import place_of, target_of
 from interp.evaluate.planted import PlantedWorld, planted_scores
 from interp.evaluate.samples import Samples
 from interp.evaluate.sums import Subject
-from interp.testbed.text import WORLD_TASKS, Text
+from interp.testbed.text import WORLD_TASKS, LabelledTokens, Text
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -131,8 +132,7 @@ def evaluate_all(
                 _noted(rows, name, part, measure, (at[places[name]], dictionary, places[name], max_tokens))
     if "labels" in wanted and of_the_world(hm):
         labelled = Text("evaluation", tasks=WORLD_TASKS).labelled_rows(-(-max_tokens // tokens.ctx), tokens.ctx)
-        for name, dictionary in dictionaries.items():
-            _noted(rows, name, "labels", _labels, (hm, labelled, dictionary, places[name]))
+        _labels(rows, hm, labelled, dictionaries, places)
     elif only and "labels" in wanted:
         rows.notes.append(f"labels are known of the small world alone, and {hm.name} is no model of it")
     settings = {"max_tokens": max_tokens, "parts": wanted, "special_tokens": "left out", "text": tokens.describe()}
@@ -312,8 +312,34 @@ def _description_length(
     rows.notes += [f"{name}: {note}" for note in found.notes]
 
 
-def _labels(rows: Rows, name: str, hm: "HookManager", labelled: Any, dictionary: Dictionary, place: Site) -> None:
-    found = label_scores(hm, dictionary, labelled, place)
+def _labels(
+    rows: Rows,
+    hm: "HookManager",
+    labelled: LabelledTokens,
+    dictionaries: Mapping[str, Dictionary],
+    places: Mapping[str, Site],
+) -> None:
+    """The labels that each finds, and those that any of them does."""
+    scored = dict[str, LabelScores]()
+    for name, dictionary in dictionaries.items():
+        # Random directions at one site are not to be those of another dictionary there.
+        seed = sum(places[one] == places[name] for one in scored)
+        _noted(rows, name, "labels", _labels_of, (hm, labelled, dictionary, places[name], seed, scored))
+    if len(scored) > 1:
+        rows.of_any(f"any of {len(scored)} of {hm.name}", labels_found_by_any(scored))
+
+
+def _labels_of(
+    rows: Rows,
+    name: str,
+    hm: "HookManager",
+    labelled: LabelledTokens,
+    dictionary: Dictionary,
+    place: Site,
+    seed: int,
+    scored: dict[str, LabelScores],
+) -> None:
+    found = scored[name] = label_scores(hm, dictionary, labelled, place, seed=seed)
     ends = {"labels_found": found.found_interval}
     rows.add(name, found.figures(), intervals=ends, n_tokens=found.n_tokens, unit="row")
     rows.labels[name] = {str(k): v for k, v in found.to_frame().to_dict("list").items()}

@@ -21,7 +21,7 @@ from interp.dictionaries.base import Dictionary
 from interp.evaluate.matching import best_units, named_labels, value_name
 from interp.evaluate.noise import ratio_interval
 from interp.evaluate.place import place_of
-from interp.evaluate.reading import Reading, encoded_in_parts
+from interp.evaluate.reading import Reading, encoded_in_parts, side_by_side
 from interp.testbed.text import LabelledTokens
 from interp.testbed.tokenizer import vocabulary
 from interp.testbed.words import SPECIAL
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["CONTROLS", "LabelScores", "label_scores", "of_the_world"]
+__all__ = ["CONTROLS", "LabelScores", "ends_of", "interval_of_found", "label_scores", "of_the_world"]
 
 CONTROLS = ("shuffled", "random", "pca", "tokens")
 LEVELS = (0.0, 0.25, 0.5)
@@ -69,6 +69,10 @@ class LabelScores(Result):
         pca: the same of principal components, with both signs.
         tokens: F1 of the best set of tokens, from the tokens to choose by: what can be told without context.
         found_interval: 95 % interval of the number of found values, from 200 bootstrap samples of the rows.
+        by_row: hits, firings, and tokens that have the value, of each value in each scored row; all that follows is
+            what a choice between dictionaries needs.
+        shuffles: F1 of each of those repetitions, on the tokens to choose by and on the scored ones.
+        chosen_random, chosen_pca: as `chosen_f1`, of those directions.
     """
 
     title: ClassVar[str] = "Labels of the small world"
@@ -92,6 +96,10 @@ class LabelScores(Result):
     pca: Float[Tensor, "value"]
     tokens: Float[Tensor, "value"]
     found_interval: tuple[float, float]
+    by_row: Int[Tensor, "3 value row"]
+    shuffles: Float[Tensor, "repetition 2 value"]
+    chosen_random: Float[Tensor, "value"]
+    chosen_pca: Float[Tensor, "value"]
 
     @property
     def found(self) -> Bool[Tensor, "value"]:
@@ -197,6 +205,13 @@ class _Scored:
     def f1(self) -> Float[Tensor, "value"]:
         return 2 * self.hits.sum(1) / (self.fires + self.has).sum(1).clamp_min(1)
 
+    def both(self) -> Float[Tensor, "2 value"]:
+        """F1 on the tokens to choose by, and on the scored ones."""
+        return torch.stack([self.chosen_f1.double(), self.f1()])
+
+    def by_row(self) -> Int[Tensor, "3 value row"]:
+        return torch.stack([self.hits, self.fires, self.has]).int()
+
 
 @torch.no_grad()
 def label_scores(
@@ -243,13 +258,13 @@ def label_scores(
         raise DataError(f"no label has a value with {min_tokens} tokens in each half; give more rows")
     draw = torch.Generator().manual_seed(seed)
     found = _scores(text, text.labels, values, units)
-    f1 = found.f1()
-    shuffled = torch.stack([_scores(text, labels, values, units).f1() for labels in text.shifted]).amax(0)
+    shuffles = torch.stack([_scores(text, labels, values, units).both() for labels in text.shifted])
+    shuffled = shuffles[:, 1].amax(0)
     often = torch.bincount(units.unit[text.fit[units.token]], minlength=units.n)
-    random = torch.randn(units.n, text.x.shape[1], generator=draw)
-    ends = [ratio_interval(2 * a, b) for a, b in zip(found.hits, found.fires + found.has, strict=True)]
-    low, high = torch.tensor(ends).T
-    claimed = shuffled + _ABOVE_CHANCE * (1 - shuffled)
+    directions = torch.randn(units.n, text.x.shape[1], generator=draw)
+    random = _scores(text, text.labels, values, _fired(text, directions, often))
+    pca = _scores(text, text.labels, values, _fired(text, *_components(text, often, draw)))
+    low, high = ends_of(found.by_row())
     return LabelScores(
         site=place.name,
         n_fit=int(text.fit.sum()),
@@ -260,17 +275,21 @@ def label_scores(
         count=found.has.sum(1).long(),
         latent=found.unit % dictionary.cfg.d_sae,
         level=torch.tensor(LEVELS)[found.unit // dictionary.cfg.d_sae],
-        f1=f1,
+        f1=found.f1(),
         precision=found.hits.sum(1) / found.fires.sum(1).clamp_min(1),
         recall=found.hits.sum(1) / found.has.sum(1).clamp_min(1),
         low=low,
         high=high,
         chosen_f1=found.chosen_f1,
         shuffled=shuffled,
-        random=_scores(text, text.labels, values, _fired(text, random, often)).f1(),
-        pca=_scores(text, text.labels, values, _fired(text, *_components(text, often, draw))).f1(),
+        random=random.f1(),
+        pca=pca.f1(),
         tokens=_of_tokens(text, values),
-        found_interval=_bootstrap(found, claimed.clamp_min(_FOUND), draw),
+        found_interval=interval_of_found(found.by_row(), shuffled, draw),
+        by_row=found.by_row(),
+        shuffles=shuffles,
+        chosen_random=random.chosen_f1,
+        chosen_pca=pca.chosen_f1,
         provenance=Provenance.of(
             hm, settings={"site": place.name, "min_tokens": min_tokens, "rows": list(labelled.ids.shape)}, seed=seed
         ),
@@ -285,13 +304,13 @@ def _read(hm: "HookManager", dictionary: Dictionary, labelled: LabelledTokens, p
     reading, n = Reading(hm, cut, cut.ids.numel()), 0
     kept, xs, fired = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor, Tensor]]()
     for block, keep, _ in reading.blocks("matching labels"):
-        x = hm.run(block.inputs, read=[place], logits="none")[place.name]
+        x = side_by_side(hm.run(block.inputs, read=[place], logits="none")[place.name], place)
         for part, latents in encoded_in_parts(dictionary, x):
             active = latents[keep[part].to(x.device)].float().cpu()
             token, unit = (active > 0).nonzero().T
             fired.append((token + n, unit, active[token, unit]))
             n += len(active)
-        xs.append(x[keep.to(x.device)].flatten(1).float().cpu())  # heads side by side
+        xs.append(x[keep.to(x.device)].float().cpu())
         kept.append(keep)
     keep = torch.cat(kept)
     shifts = sorted({2 * max(1, rows // 2 * (i + 1) // (_SHIFTS + 1)) for i in range(_SHIFTS)})
@@ -427,13 +446,33 @@ def _of_tokens(text: _Tokens, values: list[tuple[str, int]]) -> Float[Tensor, "v
     return 2 * hits.sum(1) / (fires + has).sum(1).clamp_min(1)
 
 
-def _bootstrap(found: _Scored, least: Tensor, draw: torch.Generator) -> tuple[float, float]:
-    """Percentile interval of the number of values whose F1 reaches what it must, rows drawn with replacement."""
-    rows = found.hits.shape[1]
+def ends_of(by_row: Int[Tensor, "3 value row"]) -> Float[Tensor, "2 value"]:
+    """Return the ends of the 95 % interval of each F1, by the delta method over rows.
+
+    Args:
+        by_row: hits, firings, and tokens that have the value.
+    """
+    hits, fires, has = by_row.double()
+    return torch.tensor([ratio_interval(2 * a, b) for a, b in zip(hits, fires + has, strict=True)]).T
+
+
+def interval_of_found(
+    by_row: Int[Tensor, "3 value row"], shuffled: Float[Tensor, "value"], draw: torch.Generator
+) -> tuple[float, float]:
+    """Return the percentile interval of the number of found values, rows drawn with replacement.
+
+    Args:
+        by_row: hits, firings, and tokens that have the value.
+        shuffled: the F1 that labels of other rows reach, as in `LabelScores`.
+        draw: for the rows.
+    """
+    hits, fires, has = by_row.double()
+    least = (shuffled + _ABOVE_CHANCE * (1 - shuffled)).clamp_min(_FOUND)
+    rows = hits.shape[1]
     counts = []
     for _ in range(_DRAWS):
         weights = torch.bincount(torch.randint(rows, (rows,), generator=draw), minlength=rows).double()
-        f1 = 2 * (found.hits @ weights) / ((found.fires + found.has) @ weights).clamp_min(1)
+        f1 = 2 * (hits @ weights) / ((fires + has) @ weights).clamp_min(1)
         counts.append(float((f1 >= least).sum()))
     low, high = torch.tensor(counts).quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high

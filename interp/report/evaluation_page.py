@@ -73,7 +73,7 @@ def evaluation_page(found: "Evaluations") -> str:
         "notes": [*found.notes, found.left_out],
         "groups": [group for part in found.parts if (group := _group(found, table, part))],
         "charts": list(_charts(found)),
-        "labels": [_labels(found, run) for run in _firsts(found) if run in found.labels],
+        "labels": [_labels(found, run) for run in _tables(found)],
         "facts": _facts(found),
         "settings": len(set(found.settings)) > 1,
         "noise": any(int(n) > 1 for n in table["n_seeds"]),
@@ -231,16 +231,23 @@ def _charts(found: "Evaluations") -> Iterator[dict[str, Any]]:
             yield {**cosine_chart(found.nearest[run].tolist()), "run": run}
 
 
+def _tables(found: "Evaluations") -> list[str]:
+    """Whose labels are shown: several dictionaries together, and the first of each setting."""
+    together = [run for run in found.labels if run not in found.runs]
+    return [*together, *(run for run in _firsts(found) if run in found.labels)]
+
+
 def _labels(found: "Evaluations", run: str) -> dict[str, Any]:
     held: Mapping[str, Sequence[Any]] = found.labels[run]
     rows = []
     for i, name in enumerate(held["label"]):
         numbers = {key: float(held[key][i]) for key in ("f1", "low", "high", "precision", "recall", *_CONTROLS)}
+        number = int(held["latent"][i])
         rows.append(
             {
                 "label": name,
                 "count": f"{int(held['count'][i]):,}",
-                "latent": int(held["latent"][i]),
+                "latent": f"{held['dictionary'][i]} {number}" if "dictionary" in held else number,
                 "found": bool(held["found"][i]),
                 "wide": round(100 * numbers["f1"]),
                 **{key: _number(value, 2) for key, value in numbers.items()},

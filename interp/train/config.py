@@ -291,8 +291,7 @@ class TrainConfig(Settings):
     def _draws_nothing(self) -> "TrainConfig":
         if self.start is not None and (self.sweep.seed or self.dictionary.init != "random"):
             raise ValueError(
-                "sweep.seed and dictionary.init are of first weights, and with start there are none to draw; leave them "
-                "out"
+                "sweep.seed and dictionary.init are of first weights, and with start none are drawn; leave them out"
             )
         return self
 

@@ -157,7 +157,8 @@ def everything(world: interp.HookManager) -> Evaluations:
 
 def test_everything_that_applies_is_measured_and_what_does_not_is_noted(everything: Evaluations) -> None:
     frame: Any = everything.to_frame()
-    wanted = {name for name, one in DEFINITIONS.items() if one.part != "planted"}
+    together = {name for name in DEFINITIONS if name.startswith("labels_found_by_any")}
+    wanted = {name for name, one in DEFINITIONS.items() if one.part != "planted"} - together
     assert set(frame[frame["run"] == "s0"]["figure"]) == wanted
     assert {DEFINITIONS[name].part for name in set(frame[frame["run"] == "t"]["figure"])} == {
         "core",
@@ -165,6 +166,20 @@ def test_everything_that_applies_is_measured_and_what_does_not_is_noted(everythi
         "labels",
     }
     assert [note for note in everything.notes if note.startswith("t: dark_matter")]
+    # What all three find is a row of none of them, and a table that says which of them finds what.
+    both = frame[frame["setting"] == "any of 3 of testbed"].set_index("figure")
+    assert set(both.index) == together and both["seed"].isna().all() and everything.runs == ["s0", "s1", "t"]
+    table: Any = everything.labels_frame()
+    which = table[table["run"] == "any of 3 of testbed"].set_index("label")
+    assert which["found"].sum() == both["value"]["labels_found_by_any"]
+    for run in ("s0", "t"):
+        own, taken = table[table["run"] == run].set_index("label"), which[which["dictionary"] == run]
+        assert len(taken) and taken["f1"].equals(own["f1"][taken.index])
+        assert (which["chosen_f1"] >= own["chosen_f1"][which.index]).all()
+    assert "any of 3: " in everything.summary() and len(everything.of_any) == 1
+    # At one site no dictionary has the random directions of another.
+    runs = [table[table["run"] == run].set_index("label")["random"].sort_index() for run in ("s0", "s1")]
+    assert not runs[0].equals(runs[1])
     core = frame[(frame["run"] == "s0") & (frame["figure"] == "l0")].iloc[0]
     assert core["value"] == 6.0 and core["n_seeds"] == 2 and core["setting"] == "topk" and core["unit"] == "row"
     assert not frame["definition"].isna().any() and (frame["n_tokens"] > 0).any()
@@ -253,7 +268,8 @@ def test_a_planted_label_is_found_with_the_f1_of_a_count_by_hand_on_the_other_ro
     assert float(found.tokens[by_value[2]]) == 1 and not bool(found.in_context.any())
     assert len(gender) == 2 and not bool(found.found[gender].any()) and bool((found.tokens[gender] < 0.8).all())
     said = found.figures()
-    assert set(said) == {name for name, one in DEFINITIONS.items() if one.part == "labels"}
+    wanted = {name for name, one in DEFINITIONS.items() if one.part == "labels"}
+    assert set(said) == {name for name in wanted if not name.startswith("labels_found_by_any")}
     assert said["labelled_latents"] == 2 and said["labels_found_shuffled"] == 0
     assert said["labels_found"] >= 2 and f"{said['labels_found']:.0f} of" in found.summary()
     low, high = found.found_interval
