@@ -83,7 +83,7 @@ def test_a_dictionary_of_z_is_trained_measured_and_shown(tmp_path: Path, normali
         assert command(["eval", str(tmp_path / "run"), "--tokens", "1000"]) == 0
         assert command(["show", str(tmp_path / "run"), "--n", "4", "--tokens", "1000"]) == 0
         assert (tmp_path / "run" / "page.html").is_file()
-        assert "1.attn.hook_z" in capfd.readouterr().out
+        assert "at 1.z:" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("site", ["1.q", "1.k", "1.v", "1.z"])
