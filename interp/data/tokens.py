@@ -247,7 +247,7 @@ def watched_blocks(
         tokens: the text.
         max_tokens: special tokens and pads included; the block that reaches it is the last, and whole.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
-        doing: what the bar says.
+        doing: what the bar says; nothing for no bar.
     """
     with token_bar(max_tokens, doing) as bar:
         given = 0
@@ -262,8 +262,9 @@ def watched_blocks(
 
 
 def token_bar(total: int, doing: str) -> "tqdm[Any]":
-    """A bar on stderr for work on so many tokens, which comes up when it takes more than two seconds."""
-    return tqdm(total=total, unit="tok", unit_scale=True, desc=doing, delay=_SOON, leave=False, file=sys.stderr)
+    """A bar on stderr for work on so many tokens, which comes up when it takes more than two seconds; "" has none."""
+    shown: dict[str, Any] = {"unit": "tok", "unit_scale": True, "delay": _SOON, "leave": False, "file": sys.stderr}
+    return tqdm(total=total, desc=doing, disable=not doing, **shown)
 
 
 def _padded(rows: list[list[int]], fill: int, width: int) -> Int[Tensor, "row pos"]:

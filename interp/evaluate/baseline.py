@@ -66,6 +66,7 @@ def fit_pca(
     rank: int,
     max_tokens: int = 100_000,
     should_stop: Callable[[], bool] | None = None,
+    progress: bool = True,
 ) -> PCA:
     """Find the principal components of a site's activations; special tokens are left out.
 
@@ -78,6 +79,7 @@ def fit_pca(
         rank: numbers per token, such as the k of a TopK dictionary.
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
+        progress: show a bar on stderr when it takes more than two seconds.
 
     Returns:
         The components in fp32, on the model's device.
@@ -93,7 +95,7 @@ def fit_pca(
     total = torch.zeros(d, dtype=torch.float64, device=hm.device)
     squares = torch.zeros(d, d, dtype=torch.float64, device=hm.device)
     shift, n = torch.zeros_like(total), 0
-    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="fitting a PCA"):
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="fitting a PCA" if progress else ""):
         x = side_by_side(hm.run(block.inputs, read=[place], logits="none")[place.name], place)
         rows = x.flatten(0, 1).index_select(0, keep.flatten().nonzero().flatten().to(x.device)).double()
         shift = rows.mean(0) if n == 0 else shift

@@ -218,6 +218,7 @@ def evaluate_dictionaries(
     *,
     max_tokens: int = 100_000,
     should_stop: Callable[[], bool] | None = None,
+    progress: bool = True,
 ) -> list[DictionaryEvaluation]:
     """Measure several dictionaries on the same text; each gets the figures that it would get alone, to the bit.
 
@@ -231,6 +232,7 @@ def evaluate_dictionaries(
         tokens: text that none of them was trained on.
         max_tokens: how many tokens to run, special ones and pads included; whole blocks are run.
         should_stop: asked before each block; when it says True, KeyboardInterrupt is raised.
+        progress: show bars on stderr when it takes more than two seconds.
 
     Returns:
         The figures of each, in order.
@@ -243,13 +245,14 @@ def evaluate_dictionaries(
     """
     if not subjects:
         raise ConfigError("no dictionary was given; give at least one Subject(dictionary, reads, gives)")
+    doing = ("measuring: activations", "measuring: losses") if progress else ("", "")
     moments = MomentSums(subjects, rows=tokens.rows, width=tokens.ctx)
-    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: activations"):
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing=doing[0]):
         moments.add(hm.run(block.inputs, read=list(moments.sites), logits="none"), block, keep)
     if moments.n == 0:
         raise DataError(f"{tokens.documents.describe()} has no token to measure on; give more text")
     losses = LossSums(hm, moments)
-    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing="measuring: losses"):
+    for block, keep in counted_blocks(tokens, max_tokens, should_stop, doing=doing[1]):
         losses.add(block, keep)
     provenance = Provenance.of(
         hm, settings={"max_tokens": max_tokens, "special_tokens": "left out", "text": tokens.describe()}

@@ -305,7 +305,7 @@ def _run_in(
         try:
             trainings = session.train(progress)
             phase.trained = True
-            evaluations = None if stop() else session.measured() if world.first else []
+            evaluations = None if stop() else session.measured(progress) if world.first else []
             if not world.first:
                 session.remove_cache()
             finished = world.told(evaluations is not None)  # the others wait here for the first

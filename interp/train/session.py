@@ -278,7 +278,7 @@ class Session:
         )
         return [member.finish() for member in self.members]
 
-    def measured(self) -> list[DictionaryEvaluation] | None:
+    def measured(self, progress: bool) -> list[DictionaryEvaluation] | None:
         """Measure on held-out text, in the first process alone; None when a signal came before the end."""
         if not all(_fits(member.dictionary, self.hm.device) for member in self.members):
             # Slow, and better than nothing: the device may not hold what was trained in shards.
@@ -289,12 +289,13 @@ class Session:
         ranks = {site: max(rank for other, rank in wanted if other == site) for site, _ in wanted}
         stop = self.stop.signals
         try:
-            fitted = {site: self._pca(site, rank) for site, rank in ranks.items()}
+            fitted = {site: self._pca(site, rank, progress) for site, rank in ranks.items()}
             # Of the same baseline there is one object: it is measured once.
             known = {key: None if (pca := fitted[key[0]]) is None else pca.truncated(key[1]) for key in set(wanted)}
             subjects = [m.subject(known[key] if key[1] else None) for m, key in zip(self.members, wanted, strict=True)]
             text, most = tokens_of(self.cfg, self.hm, "held_out"), self.cfg.evaluation.tokens
-            found = evaluate_dictionaries(self.hm, subjects, text, max_tokens=most, should_stop=stop)
+            sizes: Any = {"max_tokens": most, "should_stop": stop, "progress": progress}
+            found = evaluate_dictionaries(self.hm, subjects, text, **sizes)
         except KeyboardInterrupt:
             return None
         for member, evaluation in zip(self.members, found, strict=True):
@@ -329,11 +330,11 @@ class Session:
         rank = cfg.dictionary.k if cfg.evaluation.pca_rank is None else cfg.evaluation.pca_rank
         return member.site, min(rank or 0, width)
 
-    def _pca(self, site: Site, rank: int) -> PCA | None:
+    def _pca(self, site: Site, rank: int, progress: bool) -> PCA | None:
         if not rank:
             return None
-        text, most = tokens_of(self.cfg, self.hm, "train"), self.cfg.evaluation.tokens
-        return fit_pca(self.hm, text, site, rank=rank, max_tokens=most, should_stop=self.stop.signals)
+        sizes: Any = {"rank": rank, "max_tokens": self.cfg.evaluation.tokens, "progress": progress}
+        return fit_pca(self.hm, tokens_of(self.cfg, self.hm, "train"), site, should_stop=self.stop.signals, **sizes)
 
     def _state(self) -> SavedState:
         """All that the rest of the training depends on; before the first step, how it begins."""
