@@ -32,10 +32,9 @@ def test_thirty_labels_are_found_by_some_latent_of_a_small_sweep_and_few_by_what
     scores = {name: label_scores(hm, one, rows, seed=seed) for seed, (name, one) in enumerate(made.items())}
     found = labels_found_by_any(scores)
     said = found.figures()
-    assert said["labels_found_by_any"] >= 30, found.summary()
-    assert found.found_interval[0] >= 25, found.summary()
-    assert said["labels_found_by_any_in_context"] >= 10, found.summary()
+    # Measured: 63 (interval 60 to 68), 21 in context; controls 0, 1 and 1.
+    assert said["labels_found_by_any"] >= 45 and found.found_interval[0] >= 30, found.summary()
+    assert said["labels_found_by_any_in_context"] >= 14, found.summary()
     assert said["labels_found_by_any_shuffled"] <= 1, found.summary()
-    assert said["labels_found_by_any_random"] <= 0.2 * said["labels_found_by_any"], found.summary()
-    assert said["labels_found_by_any_pca"] <= 0.2 * said["labels_found_by_any"], found.summary()
+    assert max(said["labels_found_by_any_random"], said["labels_found_by_any_pca"]) <= 6, found.summary()
     assert len(set(found.dictionary[found.found].tolist())) > 1, "one dictionary finds all that is found"
