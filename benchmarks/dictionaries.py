@@ -12,8 +12,8 @@ Figures of one training step (forward, backward, optimiser, constraints), SAELen
                                               no bound; matryoshka is BatchTopK with prefixes, auxk TopK with 5 % dead
     …_vs_floor                                matrix products alone ÷ ours: 1 for sparse steps, 5 or 7 for dense ones
 
-and of whole trainings of a TopK SAE (k 32) at mid-depth of a random GPT-2, of GPT-2 small's sizes with d_sae 24576,
-or (small) of 12 layers × d 512 with d_sae 4096, where the model takes most of the time whoever trains:
+and of whole trainings of a TopK SAE (k 32) at mid-depth of a random GPT-2 of 12 layers × d 384 with d_sae 32 · d, as the
+config for GPT-2 small has it (on a GPU of its full width), or (small) of 12 layers × d 512 with d_sae 4096, where the model takes most of the time whoever trains:
 
     main_job_vs_saelens_ctx256, _ctx1024, _small_ctx256
                                               model, shuffling and steps: SAELens' seconds ÷ ours for as many tokens;
@@ -89,10 +89,10 @@ CASES = {
     "matryoshka": Case("matryoshka"),
     "auxk": Case("topk", dead=True),
 }
-# Model and dictionary of configs/sae-gpt2-small-l8.yaml; then one whose dictionary costs next to nothing.
+# Half the width of configs/sae-gpt2-small-l8.yaml, in its proportions; then one whose dictionary costs next to nothing.
 JOBS = {
-    "ctx256": Job("gpt2", 12, 768, 8192, ctx=256, rows=8, blocks=0, d_sae=24576, train=16384),
-    "ctx1024": Job("gpt2", 12, 768, 8192, ctx=1024, rows=2, blocks=0, d_sae=24576, train=16384),
+    "ctx256": Job("gpt2", 12, 384, 8192, ctx=256, rows=8, blocks=0, d_sae=12288),
+    "ctx1024": Job("gpt2", 12, 384, 8192, ctx=1024, rows=2, blocks=0, d_sae=12288),
     "small_ctx256": Job("gpt2", 12, 512, 8192, ctx=256, rows=8, blocks=0),
 }
 EIGHT_JOB = Job("gpt2", 12, 512, 8192, ctx=256, rows=8, blocks=0, train=16384)
