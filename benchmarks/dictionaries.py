@@ -12,8 +12,9 @@ Figures of one training step (forward, backward, optimiser, constraints), SAELen
                                               no bound; matryoshka is BatchTopK with prefixes, auxk TopK with 5 % dead
     …_vs_floor                                matrix products alone ÷ ours: 1 for sparse steps, 5 or 7 for dense ones
 
-and of whole trainings of a TopK SAE (k 32) at mid-depth of a random GPT-2 of 12 layers × d 384 with d_sae 32 · d, as the
-config for GPT-2 small has it (on a GPU of its full width), or (small) of 12 layers × d 512 with d_sae 4096, where the model takes most of the time whoever trains:
+and of whole trainings of a TopK SAE (k 32) at mid-depth of a random GPT-2 of 12 layers × d 384 with d_sae 32 · d, as
+the config for GPT-2 small has it (on a GPU of its full width), or (small) of 12 layers × d 512 with d_sae 4096, where
+the model takes most of the time whoever trains:
 
     main_job_vs_saelens_ctx256, _ctx1024, _small_ctx256
                                               model, shuffling and steps: SAELens' seconds ÷ ours for as many tokens;
