@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtifactError, ConfigError
+from interp.core.errors import ConfigError
 from interp.core.manager import HookManager
 from interp.data.store import StreamState
 from interp.data.tokens import TokenBlock, TokenSource
@@ -408,7 +408,7 @@ def test_what_cannot_be_started_from_is_refused_with_the_reason(
         with pytest.raises(error, match=match):
             started(followed(config(settings, start, **changes), width, width).sized(width))
 
-    refused("holds no cfg.json", ArtifactError, start=tmp_path)
+    refused("is no folder of SAELens' layout, .*interp export", start=tmp_path)
     refused("has d_in 32, and 0.resid_post of .* is 64 wide", width=64)
     refused("was trained on blocks.0.hook_resid_post, not on 1.resid_post", site="1.resid_post")
     refused("a 'topk', which goes on as topk or gradient_topk, not as gated", dictionary={"kind": "gated"})
