@@ -48,11 +48,11 @@ from pathlib import Path
 from typing import Any
 
 import capture_peers as peers
-import engine  # sets the number of threads, so before torch
+import engine  # noqa: F401  sets the number of threads, so before torch
 from capture_disk import run_read, run_write
 from capture_peers import Contender, Setting, Worker, timed
 from engine import SEED, SHORTEST, Call, row
-from figures import Found, interleaved, ratios_of
+from figures import Found, interleaved, machine_and_versions, ratios_of
 
 os.environ.update(peers.QUIET)
 Times = dict[str, tuple[float, float]]  # contender → CPU and wall seconds of one round
@@ -363,12 +363,11 @@ def main() -> None:
 
 def machine(options: argparse.Namespace) -> str:
     """What it was measured on."""
-    where = f"{engine._cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}; one OpenMP thread"
-    if options.device == "cuda":
-        import torch
+    if options.device != "cuda":
+        return machine_and_versions()[0]
+    import torch
 
-        where = f"{torch.cuda.get_device_name()}; {where}"
-    return where
+    return machine_and_versions(gpu=torch.cuda.get_device_name())[0]
 
 
 if __name__ == "__main__":

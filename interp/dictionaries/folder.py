@@ -13,7 +13,17 @@ from interp.core.errors import ArtifactError, nearest
 if TYPE_CHECKING:
     from interp.dictionaries.base import Dictionary
 
-__all__ = ["ARCHITECTURES", "CFG", "WEIGHTS", "check_class", "read_cfg", "read_folder", "why_not"]
+__all__ = [
+    "ARCHITECTURES",
+    "CFG",
+    "WEIGHTS",
+    "check_class",
+    "class_of",
+    "not_followed",
+    "read_cfg",
+    "read_folder",
+    "why_not",
+]
 
 CFG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -50,13 +60,16 @@ def read_folder(path: Path, wanted: "type[Dictionary]") -> "Dictionary":
         ArtifactError: no such dictionary is there, or it is damaged.
     """
     cfg = read_cfg(path)
-    found = _class_of(str(cfg["architecture"]), path)
+    architecture = str(cfg["architecture"])
+    if architecture not in ARCHITECTURES:
+        hint = why_not(architecture)
+        raise ArtifactError(f"{path} holds a {architecture!r} dictionary, which cannot be loaded; {hint}")
+    found = class_of(architecture)
     check_class(found, wanted, path)
     try:
         dictionary = found.from_cfg(cfg)
     except ValidationError as err:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
-        raise ArtifactError(f"{path / CFG}: settings that cannot be followed: {faults}") from err
+        raise ArtifactError(f"{path / CFG}: {not_followed(err)}") from err
     except RuntimeError as err:
         sizes = f"d_in {cfg.get('d_in')} and d_sae {cfg.get('d_sae')}"
         raise ArtifactError(f"{path / CFG} says {sizes}, for which there is no memory; is it damaged?") from err
@@ -100,13 +113,17 @@ def check_class(found: "type[Dictionary]", wanted: "type[Dictionary]", folder: P
         raise ArtifactError(f"{folder} holds a {found.__name__}, not a {wanted.__name__}; use {found.__name__}.load")
 
 
-def _class_of(architecture: str, folder: Path) -> "type[Dictionary]":
-    if architecture not in ARCHITECTURES:
-        hint = why_not(architecture)
-        raise ArtifactError(f"{folder} holds a {architecture!r} dictionary, which cannot be loaded; {hint}")
+def class_of(architecture: str) -> "type[Dictionary]":
+    """The class of an architecture that is among `ARCHITECTURES`."""
     module, name = ARCHITECTURES[architecture]
     found: type[Dictionary] = getattr(import_module(module), name)
     return found
+
+
+def not_followed(error: ValidationError) -> str:
+    """Say which settings of a dictionary cannot be followed, and why."""
+    faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+    return f"settings that cannot be followed: {faults}"
 
 
 def _read_weights(folder: Path, dictionary: "Dictionary") -> dict[str, Tensor]:

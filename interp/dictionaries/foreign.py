@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp.core.errors import ArtifactError
 from interp.dictionaries.base import Dictionary
+from interp.dictionaries.folder import not_followed
 
 __all__ = ["RAW_MODEL", "assembled", "layer_in", "read_settings", "read_tensors", "shapes_in", "vacant", "whole_number"]
 
@@ -120,8 +121,7 @@ def assembled(made: type[_D], settings: Mapping[str, Any], weights: Mapping[str,
         with torch.device("meta"):
             dictionary = made.from_cfg({**sizes, **settings})
     except ValidationError as err:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
-        raise ArtifactError(f"{path}: settings that cannot be followed: {faults}") from err
+        raise ArtifactError(f"{path}: {not_followed(err)}") from err
     held = {name: value.contiguous() for name, value in weights.items()}
     dictionary.load_state_dict(held, assign=True)
     return dictionary.eval().requires_grad_(False)  # type: ignore[return-value]

@@ -3,7 +3,6 @@
 import json
 import re
 import warnings
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 
 from interp.core.errors import ArtifactError, nearest
 from interp.dictionaries.base import Dictionary
-from interp.dictionaries.folder import ARCHITECTURES, CFG, why_not
+from interp.dictionaries.folder import ARCHITECTURES, CFG, class_of, not_followed, why_not
 from interp.dictionaries.processed import for_model, refuse_unbound
 
 if TYPE_CHECKING:
@@ -48,13 +47,10 @@ def from_sae_lens(sae: "sae_lens.SAE[Any]", *, model: "HookManager | Literal['pr
     if architecture not in ARCHITECTURES:
         hint = why_not(architecture)
         raise ArtifactError(f"a SAELens SAE of architecture {architecture!r} has no counterpart here; {hint}")
-    module, name = ARCHITECTURES[architecture]
-    made: type[Dictionary] = getattr(import_module(module), name)
     try:
-        ours = made.from_cfg({name: value for name, value in cfg.items() if name != "device"})
+        ours = class_of(architecture).from_cfg({name: value for name, value in cfg.items() if name != "device"})
     except ValidationError as err:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in err.errors())
-        raise ArtifactError(f"this SAELens SAE has settings that cannot be followed: {faults}") from err
+        raise ArtifactError(f"this SAELens SAE has {not_followed(err)}") from err
     if model is None:
         refuse_unbound(ours)
     ours.load_state_dict({name: value.detach().clone() for name, value in sae.state_dict().items()})

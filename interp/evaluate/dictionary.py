@@ -19,6 +19,7 @@ from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.data.tokens import TokenSource
 from interp.dictionaries.base import Dictionary
+from interp.evaluate.noise import NORMAL_95
 from interp.evaluate.place import place_of, target_of
 from interp.evaluate.reading import counted_blocks
 from interp.evaluate.sums import Baseline, LossSums, MomentSums, Subject
@@ -38,8 +39,6 @@ __all__ = [
     "place_of",
     "target_of",
 ]
-
-_NORMAL_95 = 1.959964
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -319,7 +318,7 @@ def _intervals(rows: dict[str, Tensor]) -> dict[str, tuple[float, float]]:
         ratio, total = _ratio(a, b), float(b.sum().abs())
         half = math.nan
         if counted > 1 and total > 0:
-            half = _NORMAL_95 * float((a - ratio * b).pow(2).sum() * counted / (counted - 1)) ** 0.5 / total
+            half = NORMAL_95 * float((a - ratio * b).pow(2).sum() * counted / (counted - 1)) ** 0.5 / total
         found[name] = (ratio - half, ratio + half)
     low, high = found["fvu"]
     return {**found, "explained_variance": (1 - high, 1 - low)}

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
 
-__all__ = ["ReseedNoise", "ratio_interval", "reseed_noise", "t_quantile"]
+__all__ = ["NORMAL_95", "ReseedNoise", "ratio_interval", "reseed_noise", "t_quantile"]
 
-_NORMAL_95 = 1.959964
+NORMAL_95 = 1.959964
 _FEW_SEEDS = 5
 
 
@@ -164,7 +164,7 @@ def reseed_noise(figures: Mapping[str, Sequence[float]] | Sequence[float], *, fi
 
 
 def ratio_interval(
-    part: Float[Tensor, "unit"], whole: Float[Tensor, "unit"], *, quantile: float = _NORMAL_95
+    part: Float[Tensor, "unit"], whole: Float[Tensor, "unit"], *, quantile: float = NORMAL_95
 ) -> tuple[float, float]:
     """Return the interval of Σ part / Σ whole over independent units, by the delta method.
 
