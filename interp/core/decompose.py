@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from interp.core import metrics
-from interp.core.errors import DataError, ModelError, ShapeError, SiteError
+from interp.core.errors import DataError, ShapeError, SiteError
+from interp.core.readout import Readout
 from interp.core.run import Run
 from interp.core.site import Site
 
@@ -30,7 +31,6 @@ __all__ = [
     "loss_per_token",
     "needed_for_decompose",
     "needed_for_heads",
-    "readout_parts",
     "stack_head_results",
 ]
 
@@ -215,37 +215,15 @@ def effect_on_logits(hm: "HookManager", directions: Float[Tensor, "*n d_model"])
             f"direction has shape {tuple(directions.shape)}; expected [{hm.d_model}] or [n, {hm.d_model}]: d_model last"
         )
     with torch.no_grad():
-        norm, unembed, factor = readout_parts(hm)
-        rows = directions.detach().float().to(unembed.weight.device)
-        if norm is not None:
+        read = Readout.of(hm)
+        rows = directions.detach().float().to(read.unembed.weight.device)
+        if read.norm is not None:
             spec = hm.atlas.norm("ln_final")
-            gain = spec.gain(norm)
+            gain = spec.gain(read.norm)
             rows = spec.centre(rows)
             rows = rows if gain is None else rows * gain.float().to(rows.device)
-        logits = torch.nn.functional.linear(rows, unembed.weight.float()) * factor
+        logits = torch.nn.functional.linear(rows, read.unembed.weight.float()) * read.scale
         return logits - logits.mean(-1, keepdim=True)
-
-
-def readout_parts(hm: "HookManager") -> tuple[nn.Module | None, nn.Linear, float]:
-    """Return what stands between the residual stream and the logits.
-
-    Args:
-        hm: the model.
-
-    Returns:
-        The final norm, None where the family has none; the unembedding; what its output is multiplied by (Granite,
-        Cohere).
-
-    Raises:
-        ModelError: the family's unembedding is not linear.
-    """
-    unembed = hm.map.module(hm.root, "unembed")
-    if not isinstance(unembed, nn.Linear):
-        what = "no unembedding" if unembed is None else f"a {type(unembed).__name__} for an unembedding"
-        raise ModelError(f"{hm.map.family} has {what}; reading tokens off the residual stream needs a linear one")
-    divisor, factor = getattr(hm.config, "logits_scaling", None), getattr(hm.config, "logit_scale", None)
-    scale = (1.0 / float(divisor) if divisor else 1.0) * (float(factor) if factor else 1.0)
-    return hm.map.module(hm.root, "ln_final"), unembed, scale
 
 
 def needed_for_decompose(run: Run, layer: int | None = None, *, mid: bool = False) -> list[str]:

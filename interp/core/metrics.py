@@ -1,5 +1,8 @@
 """Numbers that say how a model answered: differentiable, computed in fp32 or better, one per example."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -7,7 +10,62 @@ from torch import Tensor
 from interp.core.errors import DataError, ShapeError
 from interp.core.run import Run
 
-__all__ = ["answer_logits", "kl_divergence", "logit_diff", "loss_per_token", "prob_diff", "rank_of"]
+__all__ = ["Metric", "answer_logits", "kl_divergence", "logit_diff", "loss_per_token", "prob_diff", "rank_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """One number per example, from the logits at each row's answer position; says which logits it needs.
+
+    Called on a run it is an ordinary metric; a sweep calls `of` instead, on many variants of the examples at once and
+    on the logits of `columns` alone. `PairTokens.metric` makes the usual ones.
+
+    Args:
+        name: what results call it, such as "logit_diff".
+        of: maps logits [row column], in the order of `columns`, and the example of each row [row] to values [row];
+            differentiable, and each row's value depends on that row alone.
+        n: examples.
+        columns: the tokens it looks at, each once; None for the whole vocabulary.
+        weights: where the metric is linear in the logits, its coefficients per example and column; else None.
+    """
+
+    name: str
+    of: Callable[[Float[Tensor, "row column"], Int[Tensor, " row"]], Float[Tensor, " row"]]
+    n: int
+    columns: Int[Tensor, " column"] | None = None
+    weights: Float[Tensor, "n column"] | None = None
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(
+        self, out: Run | Float[Tensor, "batch pos d_vocab"], *, mask: Bool[Tensor, "batch width"] | None = None
+    ) -> Float[Tensor, " batch"]:
+        """Return the metric of a run of exactly these examples.
+
+        Args:
+            out: the run (logits "all" or "last"), or its logits.
+            mask: as in `answer_logits`; only with a tensor.
+
+        Returns:
+            One number per example, in fp32 or better, differentiable.
+
+        Raises:
+            ShapeError: a run with another number of rows.
+            DataError: a token outside the vocabulary.
+        """
+        logits = answer_logits(out, mask=mask)
+        if len(logits) != self.n:
+            raise ShapeError(f"the run has {len(logits)} rows and these are {self.n} pairs; run exactly these pairs")
+        if self.columns is not None:
+            largest = int(self.columns.max())
+            if largest >= logits.shape[1]:
+                raise DataError(
+                    f"an answer or foil is token {largest}, outside the vocabulary 0 … {logits.shape[1] - 1}"
+                )
+            logits = logits.index_select(1, self.columns.to(logits.device))
+        return self.of(logits, torch.arange(self.n, device=logits.device))
 
 
 def answer_logits(

@@ -1,6 +1,6 @@
 """`PairTokens`: prompt pairs as one tokenizer sees them, with spans as masks and answers as token ids."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import DataError, ShapeError, nearest
+from interp.core.errors import DataError, nearest
 from interp.core.inputs import read_inputs
-from interp.core.metrics import answer_logits
+from interp.core.metrics import Metric
 from interp.core.run import Run
 from interp.core.text import Tokens
+from interp.data.pair_metrics import pair_metric
 from interp.data.prompt import END
 
 __all__ = ["PairTokens", "with_spans"]
 
-_KINDS = ("logit_diff", "prob_diff", "log_prob")
 Candidates = tuple[tuple[int, ...], ...]
 """The token ids of each answer, or foil, of one pair."""
 
@@ -166,71 +166,34 @@ class PairTokens:
 
     # -- metrics ------------------------------------------------------------------------------------------------
 
-    def metric(self, kind: str = "logit_diff") -> Callable[..., Float[Tensor, " pair"]]:
-        """Return one of this object's metrics by name: "logit_diff", "prob_diff" or "log_prob".
+    def metric(self, kind: str = "logit_diff", *, reference: Float[Tensor, "pair d_vocab"] | None = None) -> Metric:
+        """Return one of these pairs' metrics by name; called on a run of them it gives one number per pair.
+
+        - "logit_diff": mean logit of the answers − mean logit of the foils.
+        - "prob_diff": Σ p(answer) − Σ p(foil).
+        - "log_prob": log Σ p(answer), in nats; needs no foils.
+        - "rank": how many tokens have a larger logit than the best answer; needs no foils, has no gradient.
+        - "kl": KL(reference ‖ run) over the vocabulary, in nats.
+
+        All look at each row's last real token and at the first token of each answer and foil.
+
+        Args:
+            kind: the name.
+            reference: for "kl", the logits of the distribution that is right, such as the clean run's.
 
         Raises:
             DataError: another name, or pairs that lack what it compares.
+
+        Source: logit difference as in Wang et al. (2022), arXiv 2211.00593, §2, where several answers or foils count
+        by the mean of their logits; probability difference as in Hanna et al. (2023), arXiv 2305.00586, §2.
         """
-        if kind not in _KINDS:
-            raise DataError(f"metric {kind!r}: {nearest(kind, _KINDS) or 'expected one of ' + ', '.join(_KINDS)}")
-        if kind != "log_prob":
-            self.check_foils()
-            self.check_first_tokens()
-        found: Callable[..., Tensor] = getattr(self, kind)
-        return found
+        return pair_metric(self, kind, reference=reference)
 
     def logit_diff(
         self, out: Run | Float[Tensor, "pair pos d_vocab"], *, mask: Bool[Tensor, "pair width"] | None = None
     ) -> Float[Tensor, " pair"]:
-        """Return mean logit of the answers − mean logit of the foils, at each row's last real token.
-
-        Args:
-            out: a run of these pairs (logits "all" or "last"), or its logits.
-            mask: as in `answer_logits`; only with a tensor.
-
-        Returns:
-            One number per pair, in fp32 or better, differentiable.
-
-        Raises:
-            DataError: a pair without foils, an answer and a foil that begin alike, a token outside the vocabulary.
-            ShapeError: a run with another number of rows.
-
-        Source: Wang et al. (2022), arXiv 2211.00593, §2, logit(IO) − logit(S). Departure: several answers or foils
-        count by the mean of their logits.
-        """
-        logits = self._logits(out, mask, foils=True)
-        return _mean(logits, self.answer_ids, self.answer_mask) - _mean(logits, self.foil_ids, self.foil_mask)
-
-    def prob_diff(
-        self, out: Run | Float[Tensor, "pair pos d_vocab"], *, mask: Bool[Tensor, "pair width"] | None = None
-    ) -> Float[Tensor, " pair"]:
-        """Return Σ p(answer) − Σ p(foil); arguments as in `logit_diff`.
-
-        Source: Hanna et al. (2023), arXiv 2305.00586, §2, for years above and below the one in the prompt.
-        """
-        probs = self._logits(out, mask, foils=True).softmax(-1)
-        right = _picked(probs, self.answer_ids, self.answer_mask, 0.0).sum(1)
-        return right - _picked(probs, self.foil_ids, self.foil_mask, 0.0).sum(1)
-
-    def log_prob(
-        self, out: Run | Float[Tensor, "pair pos d_vocab"], *, mask: Bool[Tensor, "pair width"] | None = None
-    ) -> Float[Tensor, " pair"]:
-        """Return log Σ p(answer) in nats; needs no foils, arguments as in `logit_diff`."""
-        log_probs = self._logits(out, mask, foils=False).log_softmax(-1)
-        return _picked(log_probs, self.answer_ids, self.answer_mask, -torch.inf).logsumexp(1)
-
-    def _logits(self, out: Any, mask: Tensor | None, *, foils: bool) -> Float[Tensor, "pair d_vocab"]:
-        logits = answer_logits(out, mask=mask)
-        if len(logits) != len(self):
-            raise ShapeError(f"the run has {len(logits)} rows and these are {len(self)} pairs; run exactly these pairs")
-        if foils:
-            self.check_foils()
-            self.check_first_tokens()
-        largest = max(int(ids.max()) for ids in (self.answer_ids, self.foil_ids) if ids.numel())
-        if largest >= logits.shape[1]:
-            raise DataError(f"an answer or foil is token {largest}, outside the vocabulary 0 … {logits.shape[1] - 1}")
-        return logits
+        """Return `metric("logit_diff")` of a run of these pairs."""
+        return self.metric("logit_diff")(out, mask=mask)
 
 
 def with_spans(tokens: Tokens, spans: Mapping[str, Bool[Tensor, "pair pos"]]) -> Tokens:
@@ -257,12 +220,3 @@ def _first_tokens(candidates: Sequence[Candidates]) -> tuple[Tensor, Tensor]:
         ids[row, : len(held)] = torch.tensor(held, dtype=torch.long)
         mask[row, : len(held)] = True
     return ids, mask
-
-
-def _picked(values: Tensor, ids: Tensor, mask: Tensor, empty: float) -> Tensor:
-    found = values.gather(1, ids.to(values.device))
-    return torch.where(mask.to(values.device), found, empty)
-
-
-def _mean(logits: Tensor, ids: Tensor, mask: Tensor) -> Float[Tensor, " pair"]:
-    return _picked(logits, ids, mask, 0.0).sum(1) / mask.sum(1).to(logits.device)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from interp.core.disk import atomic_write
 from interp.core.errors import ArtifactError, DataError, nearest
+from interp.core.metrics import Metric
 from interp.data.pair_tokenizing import Problem, tokenize_pairs
 from interp.data.pair_tokens import PairTokens
 from interp.data.prompt import Pair, Prompt
@@ -256,12 +255,12 @@ class PromptPairs:
                 hm.to_tokens(prompts)
         return made
 
-    def metric(self, hm: Any, kind: str = "logit_diff") -> Callable[..., Float[Tensor, " pair"]]:
+    def metric(self, hm: Any, kind: str = "logit_diff") -> Metric:
         """Return a function of a run of these pairs, one number per pair; see `PairTokens.metric`.
 
         Args:
             hm: a `HookManager`, or a tokenizer.
-            kind: "logit_diff", "prob_diff" or "log_prob".
+            kind: "logit_diff", "prob_diff", "log_prob" or "rank".
         """
         return self.tokens(hm, same_length=False).metric(kind)
 

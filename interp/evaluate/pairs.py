@@ -14,6 +14,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError, DataError
 from interp.core.metrics import answer_logits
 from interp.core.result import Provenance, Result, token_names
+from interp.core.stats import Estimate, bootstrap
 from interp.core.text import Tokens, pad_id_of, pad_rows
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
@@ -24,20 +25,10 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["Estimate", "PairScores", "pair_accuracy"]
+__all__ = ["PairScores", "pair_accuracy"]
 
 _SIDES = ("clean", "corrupted")
 _FIGURES = ("accuracy", "logit_diff", "log_prob", "top1")
-# So many drawn indices of the bootstrap are held at once.
-_DRAWN = 2**20
-
-
-class Estimate(NamedTuple):
-    """A mean over pairs with its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -94,7 +85,7 @@ class PairScores(Result):
             )
         values: Tensor = getattr(self, figure)
         row = values[0] - values[1] if side == "gap" else values[_SIDES.index(side)]
-        return _estimate(row, self.n_bootstrap, self.provenance.seed or 0)
+        return bootstrap(row, n_bootstrap=self.n_bootstrap, seed=self.provenance.seed or 0)
 
     def to_frame(self) -> "pandas.DataFrame":
         """Return one row per pair and side, with the pair's facts as columns."""
@@ -299,20 +290,6 @@ def _score(
     if not wrong:
         return math.nan, math.nan, log_prob, float(top1)
     return float(max(right) > max(wrong)), fmean(right) - fmean(wrong), log_prob, float(top1)
-
-
-def _estimate(values: Float[Tensor, " pair"], n: int, seed: int) -> Estimate:
-    kept = values[~values.isnan()].double()
-    if not len(kept):
-        return Estimate(math.nan, math.nan, math.nan)
-    generator = torch.Generator().manual_seed(seed)
-    at_once = max(1, _DRAWN // len(kept))
-    means = [
-        kept[torch.randint(len(kept), (min(at_once, n - done), len(kept)), generator=generator)].mean(1)
-        for done in range(0, n, at_once)
-    ]
-    low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(kept.mean()), low, high)
 
 
 def _shown(name: str, found: Estimate, *, percent: bool = False) -> str:

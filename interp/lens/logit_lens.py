@@ -5,7 +5,7 @@ scale are applied too, so that the last layer is the model's own output (this is
 is read without soft-cap and norm statistics, which are no property of a direction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.decompose import effect_on_logits, readout_parts
-from interp.core.errors import DataError, ModelError, ShapeError, SiteError
+from interp.core.decompose import effect_on_logits
+from interp.core.errors import DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
 from interp.core.metrics import kl_divergence
+from interp.core.readout import Readout
 from interp.core.result import Provenance, Result, token_names
 from interp.core.site import Site
 
@@ -231,9 +232,10 @@ def logit_lens(
     assert out.tokens is not None and out.mask is not None
     tokens, mask = out.tokens.cpu(), out.mask.cpu()
     wanted = _targets(targets, tokens, mask, hm.d_vocab)
-    decode = _readout(hm)
-    _check_readout(hm, decode(out[last]), out.logits)
-    readings = [_read(decode(out[site]), out.logits, wanted, top_k) for site in chosen]
+    readout = Readout.of(hm)
+    readout.check(out[last], out.logits)
+    with torch.no_grad():
+        readings = [_read(readout.logits(out[site]), out.logits, wanted, top_k) for site in chosen]
     top_ids, top_probs, entropy, kl, logprob, rank = (
         torch.stack(column).cpu() for column in zip(*readings, strict=True)
     )
@@ -303,31 +305,6 @@ def _residual_sites(hm: HookManager, sites: Sequence[Site | str] | None) -> list
             f"the logit lens reads {', '.join(_RESIDUALS)}: {what}; for what a part writes, see direction_logits"
         )
     return chosen
-
-
-def _readout(hm: HookManager) -> Callable[[Tensor], Tensor]:
-    """The model's own way from the residual stream to logits, through its own modules."""
-    norm, unembed, scale = readout_parts(hm)
-    cap = getattr(hm.config, "final_logit_softcapping", None)
-
-    def decode(resid: Tensor) -> Tensor:
-        with torch.no_grad():
-            x = resid.to(unembed.weight.device)
-            logits = unembed(x if norm is None else norm(x))
-            logits = logits if scale == 1.0 else logits * scale
-            return logits if not cap else torch.tanh(logits / cap) * cap
-
-    return decode
-
-
-def _check_readout(hm: HookManager, ours: Tensor, logits: Tensor) -> None:
-    off = float((ours.to(logits.device).float() - logits.float()).abs().max())
-    tolerance = (1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2) * max(1.0, float(logits.abs().max()))
-    if not off <= tolerance:
-        raise ModelError(
-            f"{hm.map.family} does more between its last layer and its logits than norm, unembedding, scale and "
-            f"soft-cap (off by {off:.1e}); the logit lens would be wrong here"
-        )
 
 
 def _targets(

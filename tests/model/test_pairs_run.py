@@ -326,7 +326,7 @@ def test_patching_takes_pairs_as_it_takes_their_two_sides() -> None:
         found = activation_patch(hm, given, sites="resid_mid")
         assert torch.equal(found.patched, by_hand.patched) and found.columns == by_hand.columns
         assert torch.equal(found.clean, by_hand.clean) and torch.equal(found.corrupted, by_hand.corrupted)
-    other = activation_patch(hm, pairs, sites=["1.resid_mid"], metric=tokens.log_prob, pos=-1)
+    other = activation_patch(hm, pairs, sites=["1.resid_mid"], metric=tokens.metric("log_prob"), pos=-1)
     torch.testing.assert_close(other.clean, pair_accuracy(hm, pairs).log_prob[0], atol=1e-4, rtol=0)
     text = pairs[0].clean.text
     with pytest.raises(DataError, match="pairs hold their corrupted prompts"):

@@ -466,8 +466,8 @@ def test_a_ruled_out_answer_gives_minus_infinity_and_finite_gradients_elsewhere(
     held = logits.detach().clone()
     held[0, -1, 10] = -torch.inf
     held.requires_grad_()
-    assert tokens.log_prob(held[:, -1:])[0] == -torch.inf
-    value = tokens.prob_diff(held[:, -1:])
+    assert tokens.metric("log_prob")(held[:, -1:])[0] == -torch.inf
+    value = tokens.metric("prob_diff")(held[:, -1:])
     value.sum().backward()
     assert bool(value.isfinite().all()) and held.grad is not None and bool(held.grad.isfinite().all())
 
@@ -483,7 +483,7 @@ def test_metrics_refuse_what_is_not_of_these_pairs() -> None:
     for kind in ("logit_diff", "prob_diff"):
         with pytest.raises(DataError, match="pair 1 has no foils"):
             without.metric(kind)(logits[:, -1:])
-    assert without.log_prob(logits[:, -1:]).shape == (2,)
+    assert without.metric("log_prob")(logits[:, -1:]).shape == (2,)
 
 
 def test_pairs_of_ids_need_no_tokenizer() -> None:
