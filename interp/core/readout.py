@@ -90,5 +90,5 @@ class Readout:
         if not off <= tolerance:
             raise ModelError(
                 f"{self.family} does more between its last layer and its logits than norm, unembedding, scale and "
-                f"soft-cap (off by {off:.1e}); what is read off its residual stream would be wrong"
+                f"soft-cap (off by {off:.1e}); a logit lens would be wrong here, as whatever else reads its stream"
             )
