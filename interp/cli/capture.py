@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from interp.cli.lines import config_file, line_with_defaults, refuse, tell, value_on
+from interp.cli.lines import read_line, refuse, tell, value_on
 from interp.core.errors import ArtifactError, ConfigError
-from interp.core.settings import Settings, describe_faults, read_yaml
+from interp.core.settings import Settings, read_yaml
 from interp.core.site import Site
 from interp.data.capture import CaptureOptions
 from interp.data.manifest import SETTINGS
@@ -139,15 +139,10 @@ def main(argv: list[str]) -> int:
         InterpError: The capture failed.
     """
     try:
-        path, words = config_file(argv, CaptureConfig)
-        default = line_with_defaults(CaptureLine, CaptureConfig, _given(path, words), _STAND_IN)
-        line = tyro.cli(CaptureLine, prog="interp capture", args=words, default=default)
-        cfg = line.settings()
-    except ValidationError as err:
-        return refuse(describe_faults(err, CaptureConfig))
+        line = read_line(CaptureLine, CaptureConfig, argv, prog="interp capture", stand_in=_STAND_IN, given=_given)
     except ConfigError as err:
         return refuse(str(err))
-    return _run(cfg, line)
+    return _run(line.settings(), line)
 
 
 def _run(cfg: CaptureConfig, line: CaptureLine) -> int:

@@ -1,15 +1,16 @@
 """What command lines with a config file have in common."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_origin
 
 import tyro
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from interp.core.errors import ConfigError
+from interp.core.settings import describe_faults, read_yaml
 
-__all__ = ["config_file", "line_with_defaults", "refuse", "tell", "value_on"]
+__all__ = ["config_file", "read_line", "refuse", "tell", "value_on"]
 
 _BAD_USAGE = 2
 
@@ -51,22 +52,38 @@ def config_file(argv: list[str], config: type[BaseModel]) -> tuple[str | None, l
     return (found[0] if found else None), others
 
 
-def line_with_defaults(
-    line: type[_Line], config: type[BaseModel], given: Mapping[str, Any], stand_in: Mapping[str, Any]
+def read_line(
+    line: type[_Line],
+    config: type[BaseModel],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    stand_in: Mapping[str, Any],
+    given: Callable[[str | None, list[str]], Mapping[str, Any]] | None = None,
 ) -> _Line:
-    """The settings that those on the line go before; what they leave out, and the line must give, is marked missing.
+    """Read a command line whose settings go before those of the config file that it names.
 
     Args:
         line: the options of the line, those of the settings among them.
         config: the settings.
-        given: settings from a file.
+        argv: the words.
+        prog: what the help calls the command.
         stand_in: values of required settings that let the rest be checked, and are never used.
+        given: the settings to begin with, from the config file on the line (or None) and the other words; by default
+            those of the file.
+
+    Raises:
+        ConfigError: what is wrong, in one line.
     """
-    required = {name for name, field in config.model_fields.items() if field.is_required()}
-    checked = config.model_validate({**{name: stand_in[name] for name in required - given.keys()}, **given})
-    values: dict[str, Any] = {name: getattr(checked, name) for name in config.model_fields}
-    values.update(dict.fromkeys(required - given.keys(), tyro.MISSING))
-    return line.model_construct(**values)
+    try:
+        path, words = config_file(list(argv), config)
+        held = given(path, words) if given is not None else {} if path is None else read_yaml(path)
+        default = _line_with_defaults(line, config, held, stand_in)
+        found = tyro.cli(line, prog=prog, args=words, default=default)
+        config.model_validate({name: getattr(found, name) for name in config.model_fields})
+    except ValidationError as err:
+        raise ConfigError(describe_faults(err, config)) from err
+    return found
 
 
 def refuse(message: str) -> int:
@@ -111,3 +128,14 @@ def _switches(config: type[BaseModel]) -> set[str]:
 def _lists(config: type[BaseModel]) -> set[str]:
     """The options that take several values."""
     return {f"--{name}" for name, kind in _options(config) if get_origin(kind) in (list, tuple)}
+
+
+def _line_with_defaults(
+    line: type[_Line], config: type[BaseModel], given: Mapping[str, Any], stand_in: Mapping[str, Any]
+) -> _Line:
+    """The settings that those on the line go before; what they leave out, and the line must give, is marked missing."""
+    required = {name for name, field in config.model_fields.items() if field.is_required()}
+    checked = config.model_validate({**{name: stand_in[name] for name in required - given.keys()}, **given})
+    values: dict[str, Any] = {name: getattr(checked, name) for name in config.model_fields}
+    values.update(dict.fromkeys(required - given.keys(), tyro.MISSING))
+    return line.model_construct(**values)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from interp.cli.lines import config_file, line_with_defaults, refuse, tell, value_on
+from interp.cli.lines import read_line, refuse, tell, value_on
 from interp.core.errors import ConfigError
 from interp.core.resources import resource
-from interp.core.settings import describe_faults, read_yaml
+from interp.core.settings import read_yaml
 from interp.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -68,17 +68,13 @@ def main(argv: list[str]) -> int:
     Raises:
         InterpError: The job failed.
     """
+    if {"--force", "--resume"} <= set(argv):
+        return refuse("--force replaces a run and --resume goes on with it; give one of them")
     try:
-        path, words = config_file(argv, TrainConfig)
-        if {"--force", "--resume"} <= set(words):
-            return refuse("--force replaces a run and --resume goes on with it; give one of them")
-        default = line_with_defaults(TrainOptionsLine, TrainConfig, _given(path, words), _STAND_IN)
-        line = tyro.cli(TrainOptionsLine, prog="interp train", args=words, default=default)
-        cfg = line.settings()
-    except ValidationError as err:
-        return refuse(describe_faults(err, TrainConfig))
+        line = read_line(TrainOptionsLine, TrainConfig, argv, prog="interp train", stand_in=_STAND_IN, given=_given)
     except ConfigError as err:
         return refuse(str(err))
+    cfg = line.settings()
     from interp.train.job import plan_job, train_job, train_sweep
     from interp.train.world import follows, started
 
