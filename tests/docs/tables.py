@@ -14,7 +14,9 @@ import tests.source as source
 from interp.cli.main import VERBS
 from interp.dictionaries.options import DictionaryOptions
 
-README, GUIDE = source.REPO / "README.md", source.REPO / "interp/dictionaries/README.md"
+README = source.REPO / "README.md"
+DICTIONARIES, PATCHING = (source.PACKAGE / room / "README.md" for room in ("dictionaries", "patching"))
+GUIDES = (DICTIONARIES, PATCHING)
 
 
 def verbs() -> str:
@@ -23,11 +25,14 @@ def verbs() -> str:
 
 
 def methods() -> str:
-    """The methods, a row for each public function: the call, its docstring's opening, its module's source."""
-    rows = [row for path in source.modules() if path.parent.name in source.FAMILIES for row in _rows(path)]
-    # Of the rooms below the families, what users call by a name of `interp`.
-    below = [row for path in source.modules() if path.parent.name == "evaluate" for row in _rows(path)]
-    return _table(("function", "what it does", "source"), [row for row in below if row[0].count(".") == 1] + rows)
+    """The methods that have a name of `interp`, a row each: the call, its docstring's opening, its module's source."""
+    rows = [row for room in ("evaluate", *sorted(source.FAMILIES)) for row in _rows_of(room)]
+    return _table(("function", "what it does", "source"), [row for row in rows if row[0].count(".") == 1])
+
+
+def circuits() -> str:
+    """Every public function of the rooms that the guide to circuits is about, a row each."""
+    return _table(("function", "what it does", "source"), [*_rows_of("patching"), *_rows_of("lens")])
 
 
 def dictionaries() -> str:
@@ -41,7 +46,8 @@ def dictionaries() -> str:
 
 GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"methods": methods, "verbs": verbs},
-    GUIDE: {"dictionaries": dictionaries},
+    DICTIONARIES: {"dictionaries": dictionaries},
+    PATCHING: {"circuits": circuits},
 }
 
 
@@ -55,6 +61,10 @@ def renewed(page: Path) -> str:
             raise ValueError(f"{page} has no place for the generated table {name!r}")
         text = f"{text[: place.start()]}{place[1]}{make()}\n{place[2]}{text[place.end() :]}"
     return text
+
+
+def _rows_of(room: str) -> list[tuple[str, str, str]]:
+    return [row for path in source.modules() if path.parent.name == room for row in _rows(path)]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:

@@ -16,7 +16,9 @@ from interp.cli.main import VERBS
 from interp.cli.main import main as command
 from tests.docs import tables
 
-README, GUIDE = (page.read_text(encoding="utf-8") for page in (tables.README, tables.GUIDE))
+README = tables.README.read_text(encoding="utf-8")
+GUIDES = {page.parent.name: page.read_text(encoding="utf-8") for page in tables.GUIDES}
+PAGES = {"README": README, **GUIDES}
 
 
 def blocks(language: str, page: str = README) -> list[str]:
@@ -38,7 +40,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.chdir(tmp_path_factory.mktemp("readme"))
         # What `interp train` leaves, but for the training.
         save_a_dictionary(Path("runs/first"), d_model=128)
-        for block in [*blocks("python"), *blocks("python", GUIDE)]:
+        for block in [block for page in PAGES.values() for block in blocks("python", page)]:
             exec(compile(block, "README.md", "exec"), names)
         names["folder"] = Path.cwd()
     return names
@@ -100,10 +102,10 @@ def test_the_generated_tables_are_the_codes() -> None:
         assert tables.renewed(page) == page.read_text(encoding="utf-8"), "run python -m tests.docs.tables --write"
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=["README", "dictionaries"])
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
 def test_the_commands_on_the_page_exist_and_their_options_parse(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [shlex.split(line) for block in blocks("bash", page) for line in block.splitlines()]
-    assert page is GUIDE or ["bash", "scripts/test"] in commands
+    assert page is not README or ["bash", "scripts/test"] in commands
     for words in commands:
         if words[0] == "interp":
             assert words[1] in VERBS
@@ -120,8 +122,8 @@ def test_the_commands_on_the_page_exist_and_their_options_parse(page: str, capsy
 
 
 def test_the_pages_are_short_and_plain() -> None:
-    assert len(README.splitlines()) <= 280 and len(GUIDE.splitlines()) <= 280
-    assert not re.search(r"(?<![\w.])/(tmp|work|root|home)/", README + GUIDE)
+    assert all(len(page.splitlines()) <= 280 for page in PAGES.values())
+    assert not re.search(r"(?<![\w.])/(tmp|work|root|home)/", "".join(PAGES.values()))
 
 
 @pytest.mark.parametrize("path", sorted((source.REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
