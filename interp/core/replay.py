@@ -1,9 +1,9 @@
 """One run of a model, remembered so that single blocks of it can be run again on many variants of the batch.
 
-A block of the unmodified model is called as the model called it: with the arguments of the base run, cut to the columns
-that are wanted and repeated for the branches. Attention over earlier columns takes the base run's keys and values, which
-no edit at a later column can change. The model's own code does the rest, so parallel blocks, post-norms, multipliers,
-mixtures of experts and soft-caps are the model's.
+A block of the unmodified model is called as the model called it: with the arguments of the base run, cut to the
+columns that are wanted and repeated for the branches. Attention over earlier columns takes the base run's keys and
+values, which no edit at a later column can change. The model's own code does the rest, so parallel blocks, post-norms,
+multipliers, mixtures of experts and soft-caps are the model's.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,9 +1,9 @@
 """Many edits of one batch, each tried on its own: exact patching sweeps without a forward per edit.
 
 An edit in block l at column p changes no layer before l and, in a causal model, no column before p. So the base run is
-made once; for each start column one batch of branches grows layer by layer: at block l the cells of that layer join it,
-coming from the base run's stream, and the block runs once on all branches, columns p and later, with the base run's keys
-and values before them. After the last block only each row's answer column is read out, and only for the tokens that the
+made once; for each start column one batch of branches grows layer by layer: at block l the cells of that layer join
+it, coming from the base run's stream, and the block runs once on all branches, columns p and later, with the base
+run's keys and values before them. After the last block only each row's answer column is read out, and only for the tokens that the
 metrics look at. Against one forward per cell, a full sweep over layers and positions has about a quarter of the work
 left, in far fewer and larger calls. Branches · batch · columns are bounded by a byte budget (`Sizes.branch_bytes`).
 
@@ -171,7 +171,9 @@ class Sweep:
 
     def _try_replay(self, engine: str) -> str:
         """Set the replay and the fastest plan that is exact; return why another one is not."""
-        late = [Site(c.site).short for c in self.cells if Site(c.site).layer is None and Site(c.site).kind not in _FRONT]
+        late = [
+            Site(c.site).short for c in self.cells if Site(c.site).layer is None and Site(c.site).kind not in _FRONT
+        ]
         if late:
             return f"{late[0]} lies after the last block"
         try:
@@ -196,7 +198,9 @@ class Sweep:
         if whole:
             return f"{why}; {whole}" if why else whole
         self.plan, self.replay, self.readout = "layers", replay, readout
-        self.notes.append("layers plan: layers before an edit are taken from one base run" + (f" ({why})" if why else ""))
+        self.notes.append(
+            "layers plan: layers before an edit are taken from one base run" + (f" ({why})" if why else "")
+        )
         self._starts = torch.zeros_like(self._starts)
         return ""
 
@@ -208,7 +212,13 @@ class Sweep:
                 off = replay.off(start)
             except InterpError:
                 raise
-            except Exception as err:  # a family whose block needs more than its arguments
+            except (
+                RuntimeError,
+                TypeError,
+                ValueError,
+                LookupError,
+                AttributeError,
+            ) as err:  # a family whose block needs more than its arguments
                 return f"a block of {replay.hm.map.family} cannot be called by itself ({type(err).__name__}: {err})"
             if not off <= tolerance:
                 return f"replayed blocks of {replay.hm.map.family} are off by {off:.1e} from column {start} on"
@@ -255,13 +265,14 @@ class Sweep:
     def sizes(self) -> Sizes:
         """What decides how many branches fit."""
         hm, m = self.hm, self.hm.map
-        wide = [len(c) if isinstance(c := getattr(metric, "columns", None), Tensor) else m.d_vocab for metric in self.metrics]
+        wide = [
+            len(c) if isinstance(c := getattr(metric, "columns", None), Tensor) else m.d_vocab
+            for metric in self.metrics
+        ]
         # A mixture of experts says no width; its tokens pass a few experts of at most this many neurons together.
         d_mlp = m.d_mlp if m.d_mlp is not None else 8 * m.d_model
         itemsize = torch.empty((), dtype=hm.dtype).element_size()
-        return Sizes(
-            self.batch, self.length, m.d_model, m.n_heads, m.n_kv_heads, m.d_head, d_mlp, max(wide), itemsize
-        )
+        return Sizes(self.batch, self.length, m.d_model, m.n_heads, m.n_kv_heads, m.d_head, d_mlp, max(wide), itemsize)
 
     def _wave(self, wave: Wave) -> Float[Tensor, "metric n batch"]:
         """Run one wave through the layers and measure its branches."""

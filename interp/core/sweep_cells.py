@@ -204,9 +204,7 @@ class CellEdit(Intervention):
         return out.flatten(0, 1)
 
 
-def edits_at(
-    sites: Sequence[tuple[Cells, Int[Tensor, " n"], int]], *, batch: int, first: int
-) -> tuple[CellEdit, ...]:
+def edits_at(sites: Sequence[tuple[Cells, Int[Tensor, " n"], int]], *, batch: int, first: int) -> tuple[CellEdit, ...]:
     """Return the edits of one block call: (cells, which of them, their first branch) for each site."""
     return tuple(
         CellEdit(cells.site, cells, pick=pick, low=low, batch=batch, first=first) for cells, pick, low in sites

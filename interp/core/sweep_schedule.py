@@ -41,7 +41,8 @@ class Sizes:
     def branch_bytes(self, start: int) -> int:
         """Return the bytes that one branch takes at most while a block runs, or while its logits are read.
 
-        batch · max((T − p)(8 d_model + 4 n_heads d_head + 4 d_mlp + n_heads T) + 4 T n_heads d_head, 4 n_logits) · bytes
+        batch · bytes · max(block, 4 n_logits), where
+        block = (T − p)(8 d_model + 4 n_heads d_head + 4 d_mlp + n_heads T) + 4 T n_heads d_head,
         for T columns of which p are the base run's: the stream before and after, the residual and its norms, queries
         and outputs, the MLP's two or three products, scores (where a kernel makes them), and keys and values of all
         columns repeated for each query head.

@@ -10,7 +10,7 @@ from interp.core.manager import HookManager
 from interp.core.metrics import Metric, kl_divergence
 from interp.core.run import Run
 from interp.core.site import KINDS, Site
-from interp.core.sweep import Sweep, SweepValues, sweep
+from interp.core.sweep import SweepValues, sweep
 from interp.core.sweep_cells import Cells
 from tests.families import FAMILIES, manager, paddings, tokens
 
