@@ -250,6 +250,7 @@ def _columns(x: Tensor, index: Tensor) -> Tensor:
 
 
 def own_logits(output: Any, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the logits of what a model gave, those that are wanted picked."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ModelError(f"the model returned {type(output).__name__} without logits; is it a causal LM?")

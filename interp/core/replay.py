@@ -73,7 +73,7 @@ class _Seen(LayerTap):
         super().__init__({})
         self.keep = keep
 
-    def attend(  # type: ignore[override]
+    def attend(
         self,
         kernel: Callable[..., Any],
         default: Any,
@@ -96,7 +96,7 @@ class _Joined(LayerTap):
         super().__init__(inner.sites, n_kv_heads=inner.n_kv_heads)
         self.past, self.start = past, start
 
-    def attend(  # type: ignore[override]
+    def attend(
         self,
         kernel: Callable[..., Any],
         default: Any,
@@ -233,9 +233,10 @@ class Replay:
 
     def front(self, branches: int, edits: Sequence[CellEdit], *, start: int = 0) -> Float[Tensor, "rows pos d"]:
         """Return the stream that enters the first block when the embedding is edited, columns `start` and later."""
-        held = {name: getattr(self.tokens, name) for name in ("ids", "mask", "position_ids")}
-        many = {k: None if v is None else v.repeat(branches, 1) for k, v in held.items()}
-        tokens = replace(self.tokens, spans={}, **many)
+        given = self.tokens
+        places = None if given.position_ids is None else given.position_ids.repeat(branches, 1)
+        ids, mask = given.ids.repeat(branches, 1), given.mask.repeat(branches, 1)
+        tokens = replace(given, ids=ids, mask=mask, position_ids=places, spans={})
         whole = [replace(edit, first=0) for edit in edits]
         return self.hm.run(tokens, read=["0.resid_pre"], write=whole)["0.resid_pre"][:, start:]
 

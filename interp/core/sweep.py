@@ -3,9 +3,10 @@
 An edit in block l at column p changes no layer before l and, in a causal model, no column before p. So the base run is
 made once; for each start column one batch of branches grows layer by layer: at block l the cells of that layer join
 it, coming from the base run's stream, and the block runs once on all branches, columns p and later, with the base
-run's keys and values before them. After the last block only each row's answer column is read out, and only for the tokens that the
-metrics look at. Against one forward per cell, a full sweep over layers and positions has about a quarter of the work
-left, in far fewer and larger calls. Branches · batch · columns are bounded by a byte budget (`Sizes.branch_bytes`).
+run's keys and values before them. After the last block only each row's answer column is read out, and only for the
+tokens that the metrics look at. Against one forward per cell, a full sweep over layers and positions has about a
+quarter of the work left, in far fewer and larger calls. Branches · batch · columns are bounded by a byte budget
+(`Sizes.branch_bytes`).
 
 Each sweep checks itself on the base rows before it starts, and falls back to a slower plan where a family does not let
 itself be taken apart: "wavefront" (columns and layers are saved), "layers" (whole rows, layers are saved), "naive" (one
@@ -46,6 +47,8 @@ ENGINES = ("auto", "wavefront", "layers", "naive")
 
 _FRONT = ("embed", "pos_embed")
 _EXACT, _COARSE = 1e-4, 2e-2
+# What a block says that needs more than its arguments.
+_UNFIT = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 
 
 @dataclass(frozen=True, eq=False)
