@@ -180,7 +180,25 @@ class LayerTap:
         **kwargs: Any,
     ) -> Any:
         """Call the kernel as the model would, with this run's edits and reads around it."""
-        query, key = self._heads("rot_q", query), self._keys(key)
+        query, key = self.rotated(query, key)
+        return self.attend(kernel, default, module, query, key, value, attention_mask, **kwargs)
+
+    def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys after the edits at rot_q and rot_k; they have been read."""
+        return self._heads("rot_q", query), self._keys(key)
+
+    def attend(
+        self,
+        kernel: Callable[..., Any],
+        default: Callable[..., Any] | None,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the kernel on these queries and keys, with the edits and reads of scores and patterns around it."""
         scores, pattern = self.sites.get("attn_scores"), self.sites.get("pattern")
         if scores is None and pattern is None:
             return kernel(module, query, key, value, attention_mask, **kwargs)

@@ -30,6 +30,9 @@ __all__ = [
     "frame_of",
     "generation_frame",
     "hooked_pass",
+    "logits_to_keep",
+    "model_inputs",
+    "own_logits",
     "refuse_inside_block",
     "run_pass",
     "write_notes",
@@ -90,6 +93,20 @@ def frame_of(tokens: Tokens, row0: int, rows: int) -> Frame:
         n_rows=len(tokens),
         spans=tokens.spans,
     )
+
+
+def model_inputs(hm: "HookManager", tokens: Tokens, frame: Frame) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the ids, mask and position ids that the model gets for a frame's rows; None for what it does not need."""
+    rows = slice(frame.row0, frame.row0 + frame.batch)
+    ids = tokens.ids[rows].to(hm.device, non_blocking=True)
+    mask = positions = None
+    if tokens.position_ids is not None:
+        positions = tokens.position_ids[rows].to(hm.device)
+    if frame.padded:
+        mask = frame.known_mask().long().to(hm.device, non_blocking=True)
+        if positions is None:
+            positions = (frame.known_mask().long().cumsum(1) - 1).clamp(min=0).to(hm.device, non_blocking=True)
+    return ids, mask, positions
 
 
 def run_pass(
@@ -175,16 +192,9 @@ def _part(
     to: torch.device | None,
 ) -> tuple[Forward, Tensor | None, Any]:
     frame = frame_of(tokens, row0, size)
-    ids = tokens.ids[row0 : row0 + size].to(hm.device, non_blocking=True)
-    mask = positions = None
-    if tokens.position_ids is not None:
-        positions = tokens.position_ids[row0 : row0 + size].to(hm.device)
-    if frame.padded:
-        mask = frame.known_mask().long().to(hm.device, non_blocking=True)
-        if positions is None:
-            positions = (frame.known_mask().long().cumsum(1) - 1).clamp(min=0).to(hm.device, non_blocking=True)
+    ids, mask, positions = model_inputs(hm, tokens, frame)
     whole = any(p.site.kind in _AFTER_LOGITS_CUT for p in plan.points)
-    keep, pick = _logits_to_keep(frame, hm.caller, logits, whole)
+    keep, pick = logits_to_keep(frame, hm.caller, logits, whole)
     forward = Forward(
         plan,
         frame,
@@ -196,7 +206,7 @@ def _part(
     with torch.set_grad_enabled(grad is not None):
         with forward.attached(hm.model):
             output = forward.run(lambda: hm.caller(ids, mask=mask, position_ids=positions, keep=keep))
-        out = None if output is None or logits == "none" else _own_logits(output, pick)
+        out = None if output is None or logits == "none" else own_logits(output, pick)
         found = None if grad is None else _differentiate(hm, tokens, forward, out, grad)
     if out is not None:
         out = out.detach() if to is None else out.detach().to(to)
@@ -220,7 +230,7 @@ def check_places(plan: Plan, frame: Frame) -> None:
             read.where.read_columns(frame)
 
 
-def _logits_to_keep(frame: Frame, caller: Caller, logits: str, whole: bool) -> tuple[Any, Callable[[Tensor], Tensor]]:
+def logits_to_keep(frame: Frame, caller: Caller, logits: str, whole: bool) -> tuple[Any, Callable[[Tensor], Tensor]]:
     """What to pass as `logits_to_keep`, and how to get [batch 1 d_vocab] from what comes back."""
     if logits != "last":
         return None, lambda x: x
@@ -239,7 +249,8 @@ def _columns(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, where)
 
 
-def _own_logits(output: Any, pick: Callable[[Tensor], Tensor]) -> Tensor:
+def own_logits(output: Any, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the logits of what a model gave, those that are wanted picked."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ModelError(f"the model returned {type(output).__name__} without logits; is it a causal LM?")

@@ -1,5 +1,8 @@
 """Which activations carry an answer: put those of one prompt into the run of another."""
 
-from interp.patching.activation import PatchResult, activation_patch
+from interp.patching.ablation import mean_values
+from interp.patching.activation import activation_patch
+from interp.patching.options import PatchOptions
+from interp.patching.result import PatchResult
 
-__all__ = ["PatchResult", "activation_patch"]
+__all__ = ["PatchOptions", "PatchResult", "activation_patch", "mean_values"]

@@ -1,140 +1,41 @@
-"""Activation patching, plain: run the corrupted prompt with one activation of the clean run, everywhere in turn.
+"""Activation patching: one run with one activation of another, everywhere in turn.
 
 Source: Vig et al. (2020), arXiv 2004.12265, and Meng et al. (2022), arXiv 2202.05262 §2, in the form of Heimersheim and
-Nanda (2024), arXiv 2404.15255 (denoising with a corrupted prompt instead of noise). One forward per cell.
+Nanda (2024), arXiv 2404.15255 (denoising with a corrupted prompt instead of noise). The cells are exact; they run on
+the sweep engine (`interp.core.sweep`) instead of one forward each.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from interp.core.errors import DataError, ShapeError, SiteError, WhereError
-from interp.core.intervention import Replace
+from interp.core.disk import digest, weights_digest
+from interp.core.errors import DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
-from interp.core.result import Provenance, Result, token_names
-from interp.core.run import Run
+from interp.core.result import Provenance
+from interp.core.run import BySite, Run
 from interp.core.site import KINDS, Site
+from interp.core.sweep import Sweep
+from interp.core.sweep_cells import Cells
 from interp.core.text import Tokens
-from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
+from interp.patching.ablation import mean_values
+from interp.patching.cells import grid_cells, latent_cells
+from interp.patching.options import PatchOptions
+from interp.patching.places import Places, check_lengths, grouped, position_places, span_places
+from interp.patching.result import PatchResult
+from interp.patching.resume import Progress
 
-if TYPE_CHECKING:
-    import pandas
-    import plotly.graph_objects
-
-__all__ = ["PatchResult", "activation_patch"]
+__all__ = ["activation_patch"]
 
 _HEAD_AXES = ("n_heads", "n_kv_heads")
-# Below so many standard errors, the gap between the prompts is not told from nothing.
-_MIN_ERRORS = 3.0
-
-
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class PatchResult(Result):
-    """What each patch does to a metric, per example.
-
-    Attributes:
-        sites: Short names of the patched sites: the rows.
-        axis: What the columns are, "position" or "head".
-        columns: Labels of the columns.
-        patched: The metric with one cell patched.
-        clean: The metric on the clean prompt.
-        corrupted: The metric on the corrupted prompt.
-        unchanged: Cells whose patch changed no activation at all.
-    """
-
-    title: ClassVar[str] = "Activation patching"
-    sites: list[str]
-    axis: str
-    columns: list[str]
-    patched: Float[Tensor, "site column batch"]
-    clean: Float[Tensor, " batch"]
-    corrupted: Float[Tensor, " batch"]
-    unchanged: Bool[Tensor, "site column"]
-
-    @property
-    def effect(self) -> Float[Tensor, "site column batch"]:
-        """Patched − corrupted, in the metric's units, per example."""
-        return self.patched - self.corrupted
-
-    @property
-    def gap(self) -> float:
-        """Mean of clean − corrupted, in the metric's units."""
-        return float((self.clean - self.corrupted).mean())
-
-    @property
-    def gap_is_clear(self) -> bool:
-        """Whether the gap can be divided by: above rounding and, with several examples, above 3 standard errors."""
-        gaps = (self.clean - self.corrupted).double()
-        size = max(float(self.clean.abs().max()), float(self.corrupted.abs().max()), 1.0)
-        error = float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else 0.0
-        return abs(float(gaps.mean())) > max(1e-5 * size, _MIN_ERRORS * error)
-
-    def normalized(self) -> Float[Tensor, "site column"]:
-        """Return mean effect / mean gap: 0 is the corrupted run, 1 the clean one; NaN where the gap is not clear."""
-        mean = self.effect.mean(-1)
-        return mean / self.gap if self.gap_is_clear else torch.full_like(mean, torch.nan)
-
-    def to_frame(self) -> "pandas.DataFrame":
-        """Return one row per site, column and example."""
-        import pandas as pd
-
-        share = self.normalized()
-        rows = [
-            {
-                "site": site,
-                self.axis: column,
-                "label": self.columns[column],
-                "example": example,
-                "patched": float(self.patched[s, column, example]),
-                "effect": float(self.effect[s, column, example]),
-                "normalized_mean": float(share[s, column]),
-            }
-            for s, site in enumerate(self.sites)
-            for column in range(len(self.columns))
-            for example in range(self.patched.shape[2])
-        ]
-        return pd.DataFrame(rows)
-
-    def plot(self) -> "plotly.graph_objects.Figure":
-        """Draw sites × columns: the share of the gap restored, or the raw effect where the gap is not clear."""
-        from interp.report.figures import Axis, heatmap
-
-        clear = self.gap_is_clear
-        return heatmap(
-            self.normalized() if clear else self.effect.mean(-1),
-            rows=Axis("", self.sites),
-            columns=Axis(self.axis, self.columns),
-            title="Clean activation into the corrupted run",
-            value="share of the gap restored" if clear else "mean effect",
-            diverging=True,
-        )
-
-    def summary(self) -> str:
-        """Give both baselines and the strongest cells."""
-        mean = self.effect.mean(-1)
-        best = mean.abs().flatten().topk(min(3, mean.numel())).indices.tolist()
-        share = self.normalized()
-        clean, corrupted = float(self.clean.mean()), float(self.corrupted.mean())
-        lines = [f"metric: clean {clean:.4g}, corrupted {corrupted:.4g} ({len(self.clean)} examples)"]
-        for cell in best:
-            s, c = divmod(cell, len(self.columns))
-            if not mean[s, c]:
-                continue
-            part = f", {float(share[s, c]):.0%} of the gap" if self.gap_is_clear else ""
-            lines.append(f"{self.sites[s]}, {self.axis} {self.columns[c]}: {float(mean[s, c]):+.4g}{part}")
-        if not self.gap_is_clear:
-            lines.append("the gap between the prompts is not clear of zero, so nothing is divided by it")
-        if self.unchanged.any():
-            lines.append(f"{int(self.unchanged.sum())} of {self.unchanged.numel()} patches changed no activation")
-        return "\n".join(lines)
+_AXES = {"pos": "position", "pos_head": "position, head", "span_head": "span, head"}
 
 
 def activation_patch(
@@ -143,82 +44,276 @@ def activation_patch(
     corrupted: Any = None,
     *,
     sites: str | Sequence[Site | str],
-    metric: Callable[[Run], Float[Tensor, " batch"]] | None = None,
+    metric: Any = None,
     pos: int | Sequence[int] | None = None,
     progress: bool = True,
+    options: PatchOptions | None = None,
 ) -> PatchResult:
     """Put each clean activation into the corrupted run, one cell at a time (denoising: is it enough?).
 
-    Sites with a head axis are patched head by head, others position by position. Memory: the clean activations of all
-    sites. Cost: sites × columns + 2 forwards.
+    Sites with a head axis are patched head by head, others position by position; `options` say otherwise, and whether
+    activations of the clean run are replaced instead (noising: is it needed?), by what, and how it runs. Patches that
+    change nothing are not run, and their effect is exactly 0. Memory: the activations of all sites in both runs, and
+    what the sweep takes (`interp.core.sweep_schedule`). On Ctrl-C what is done is returned, the rest NaN; with
+    `resume=…` it is kept in that file, and the interrupt goes on.
 
     Args:
         hm: The model.
         clean: Prompts whose answer is right; whatever `hm.run` takes. Or `PromptPairs` (or `PairTokens`), which hold
             both sides.
-        corrupted: As many prompts, each with as many tokens; left out with pairs.
+        corrupted: As many prompts, each as long as its partner; left out with pairs.
         sites: A kind such as "resid_pre" (every layer), a glob, or sites; all with a head axis or all without.
         metric: Maps a run to one number per example; it sees the logits of the last token, [batch 1 d_vocab]. With
-            pairs their logit difference by default.
+            pairs also a name that `PairTokens.metric` takes ("kl" is from the clean run), their logit difference by
+            default. A list measures several in one sweep.
         pos: Positions from each row's first token, or back from its last. They are the columns of a position grid
-            (None takes all); at head sites they are patched together.
+            (None takes all); where the columns are no positions, they are patched together.
         progress: Show a bar on stderr when it is a terminal.
+        options: Everything else; see `PatchOptions`.
 
     Returns:
-        The metric per cell and example, with both baselines.
+        The metrics per cell and example, with both baselines.
 
     Raises:
         DataError: Prompts of unequal length (both tokenisations are shown), or no corrupted prompts or metric.
         SiteError: Sites with and without heads together.
         ShapeError: A metric that is not one number per example.
 
-    Source: Vig et al. (2020); Meng et al. (2022), §2; exchange the prompts for noising.
+    Source: Vig et al. (2020); Meng et al. (2022), §2.
     """
+    options = options or PatchOptions()
     chosen = _sites(hm, sites)
-    clean, corrupted, metric = _sides(hm, clean, corrupted, metric)
-    clean_tokens, corrupted_tokens = hm.to_tokens(clean), hm.to_tokens(corrupted)
-    _check_lengths(hm, clean_tokens, corrupted_tokens)
-    source = hm.run(clean_tokens, read=chosen, logits="last")
-    start = _measure(metric, source)
-    base = _measure(metric, hm.run(corrupted_tokens, logits="last"))
-    by_head = _has_heads(chosen[0])
-    places = _head_places(hm, chosen[0], pos) if by_head else _position_places(pos, clean_tokens.ids.shape[1])
-    patched, unchanged = [], []
-    with _bar(len(chosen) * len(places), progress) as step, _quiet():
-        for site in chosen:
-            for where in places:
-                out = hm.run(corrupted_tokens, write=[Replace(site, source, where=where)], logits="last")
-                # An edited attention layer runs on the eager kernel, which rounds otherwise: no change is exactly none.
-                unchanged.append(any("changed nothing" in note for note in out.notes))
-                patched.append(base if unchanged[-1] else _measure(metric, out))
-                step()
-    shape = (len(chosen), len(places))
-    settings = {"sites": [s.short for s in chosen], "pos": pos, "metric": getattr(metric, "__name__", str(metric))}
-    labels = [str(w.head) for w in places] if by_head else _labels(hm, clean_tokens, corrupted_tokens, places)
-    data = (clean_tokens.ids, corrupted_tokens.ids)
+    job = _job(hm, clean, corrupted, metric, options)
+    by = options.by or ("head" if _has_heads(chosen[0]) else "pos")
+    if by in ("head", "pos_head", "span_head") and not _has_heads(chosen[0]):
+        raise SiteError(f"by={by!r}: {chosen[0].short} has no heads; its axes are {' '.join(chosen[0].axes)}")
+    runs = {side: hm.run(getattr(job, side), read=chosen, logits="last") for side in ("clean", "corrupted")}
+    metrics = _metrics(job, metric, runs["clean"])
+    sweeps = [_sweep(hm, job, chosen, by, mode, pos, runs, metrics, options) for mode in options.modes]
+    settings = _settings(chosen, by, pos, metrics, options)
+    provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
+    values, done = _run(hm, sweeps, provenance, options, progress)
+    n_sites, (labels, heads) = len(chosen), sweeps[0].labels
+    values = values.unflatten(1, (len(sweeps), n_sites, -1)).movedim(1, 0)
+    several = isinstance(metric, list | tuple)
+    first, noised = (values[0] if several else values[0, 0]), None
+    if len(sweeps) > 1:
+        noised = values[1] if several else values[1, 0]
+    bases = {side: torch.stack([_measure(m, runs[side]) for m in metrics]) for side in runs}
+    notes = list(dict.fromkeys(note for s in sweeps for note in s.sweep.notes))
     return PatchResult(
-        provenance=Provenance.of(hm, settings=settings, data=data),
+        provenance=provenance,
         sites=[s.short for s in chosen],
-        axis="head" if by_head else "position",
+        axis=_AXES.get(by, by),
         columns=labels,
-        patched=torch.stack(patched).reshape(*shape, -1),
-        clean=start,
-        corrupted=base,
-        unchanged=torch.tensor(unchanged).reshape(shape),
+        patched=first,
+        clean=bases["clean"] if several else bases["clean"][0],
+        corrupted=bases["corrupted"] if several else bases["corrupted"][0],
+        unchanged=sweeps[0].sweep.unchanged.unflatten(0, (n_sites, -1)),
+        metrics=[_name(m) for m in metrics],
+        mode="both" if len(sweeps) > 1 else options.modes[0],
+        ablation=options.ablation,
+        noised=noised,
+        heads=heads,
+        notes=[*notes, *_cost(sweeps, done)],
     )
 
 
-def _sides(hm: HookManager, clean: Any, corrupted: Any, metric: Any) -> tuple[Any, Any, Callable[[Run], Tensor]]:
-    """Both sides and the metric, out of pairs where those were given."""
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """Both sides of the pairs, and the pairs themselves where they were given."""
+
+    clean: Tokens
+    corrupted: Tokens
+    pairs: PairTokens | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """One direction, ready to run, and the labels of its columns with the heads of each place."""
+
+    sweep: Sweep
+    labels: tuple[list[str], int]
+
+
+def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: PatchOptions) -> _Job:
     if isinstance(clean, PromptPairs | PairTokens):
         if corrupted is not None:
             raise DataError("pairs hold their corrupted prompts; give activation_patch(hm, pairs, sites=…)")
         pairs = clean.tokens(hm) if isinstance(clean, PromptPairs) else clean
-        return pairs.clean, pairs.corrupted, metric or pairs.metric()
-    if corrupted is None or metric is None:
-        lacking = "corrupted prompts" if corrupted is None else "metric"
-        raise DataError(f"no {lacking} given: give clean and corrupted prompts and a metric=…, or PromptPairs alone")
-    return clean, corrupted, metric
+        job = _Job(pairs.clean, pairs.corrupted, pairs)
+    else:
+        if corrupted is None or metric is None:
+            lacking = "corrupted prompts" if corrupted is None else "metric"
+            raise DataError(
+                f"no {lacking} given: give clean and corrupted prompts and a metric=…, or PromptPairs alone"
+            )
+        job = _Job(hm.to_tokens(clean), hm.to_tokens(corrupted), None)
+    if len(job.clean) != len(job.corrupted):
+        raise DataError(f"{len(job.clean)} clean prompts and {len(job.corrupted)} corrupted ones; give them in pairs")
+    if options.by not in ("span", "span_head"):
+        check_lengths(hm.tokenizer, job.clean, job.corrupted)
+    return job
+
+
+def _metrics(job: _Job, metric: Any, clean: Run) -> list[Any]:
+    given = list(metric) if isinstance(metric, list | tuple) else [metric]
+    found: list[Any] = []
+    for one in given or [None]:
+        if one is None or isinstance(one, str):
+            if job.pairs is None:
+                raise DataError(f"metric={one!r}: names are for PromptPairs, which know their answers; give a function")
+            reference = clean.logits[:, 0] if one == "kl" else None
+            one = job.pairs.metric(one or "logit_diff", reference=reference)
+        elif not callable(one):
+            raise ShapeError(f"metric={one!r}: expected a name or a function of a run")
+        found.append(one)
+    names = [_name(m) for m in found]
+    double = next((n for n in names if names.count(n) > 1), None)
+    if double is not None:
+        raise DataError(f"two metrics are named {double!r}; name functions apart, for results are found by name")
+    return found
+
+
+def _name(metric: Any) -> str:
+    return str(getattr(metric, "__name__", metric))
+
+
+def _measure(metric: Callable[[Run], Tensor], out: Run) -> Float[Tensor, " batch"]:
+    value = metric(out)
+    batch = len(out.logits)
+    if not isinstance(value, Tensor) or value.shape != (batch,):
+        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(
+            f"the metric returned {what}; expected one number per example [batch] = [{batch}], such as logit_diff gives"
+        )
+    return value.detach().float().cpu()
+
+
+# -- one direction -----------------------------------------------------------------------------------------------
+
+
+def _sweep(
+    hm: HookManager,
+    job: _Job,
+    sites: list[Site],
+    by: str,
+    mode: str,
+    pos: Any,
+    runs: Mapping[str, Run],
+    metrics: list[Any],
+    options: PatchOptions,
+) -> _Ready:
+    """The cells of one direction, and the sweep over them."""
+    side, source = ("corrupted", "clean") if mode == "denoise" else ("clean", "corrupted")
+    edited: Tokens = getattr(job, side)
+    if by in ("span", "span_head"):
+        places = span_places(edited, getattr(job, source), options.spans)
+    else:
+        places = position_places(edited, getattr(job, source), pos, hm.tokenizer)
+        places = places if by in ("pos", "pos_head") else grouped(places)
+    values = _values(hm, job, sites, places, by, runs[source], options)
+    cells: list[Cells] = []
+    for site in sites:
+        base = runs[side][site]
+        if by == "latent":
+            made, parts = latent_cells(site, values[site], base, places, options.dictionary, options.latents)
+        else:
+            made, parts = grid_cells(site, values[site], base, places, by)
+        cells.append(made)
+    labels = [" · ".join(p for p in (place, part) if p) for place in places.labels for part in parts]
+    sweep = Sweep(hm, edited, cells, metrics, engine=options.engine, budget_bytes=options.budget_bytes)
+    return _Ready(sweep, (labels or [""], len(parts)))
+
+
+def _values(
+    hm: HookManager, job: _Job, sites: list[Site], places: Places, by: str, source: Run, options: PatchOptions
+) -> Mapping[Site, Tensor]:
+    """What is put in the activations' place, in the columns of the edited run."""
+    if options.ablation == "resample":
+        return {s: places.from_other(source[s], s.axes.index("pos")) for s in sites}
+    if options.ablation == "zero":
+        return {s: torch.zeros_like(source[s][:1, :1]) if s.axes[1] == "pos" else source[s][:1] * 0 for s in sites}
+    if options.ablation == "mean":
+        if job.pairs is None:
+            raise DataError("ablation='mean' is over the pairs of a template; give PromptPairs")
+        spans = places.labels if by in ("span", "span_head") else None
+        return mean_values(hm, job.pairs, sites, spans=spans)
+    given = options.values
+    assert given is not None
+    by_site = BySite({Site(k): v for k, v in given.items()}) if not isinstance(given, BySite) else given
+    return {s: _fitted(by_site[s], s) for s in sites}
+
+
+def _fitted(value: Tensor, site: Site) -> Tensor:
+    """A given value with as many axes as its site: leading ones are added."""
+    missing = len(site.axes) - value.ndim
+    if missing < 0:
+        raise ShapeError(f"the value given for {site.short} has shape {tuple(value.shape)}; its axes are {site.axes}")
+    return value[(None,) * missing]
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------
+
+
+def _run(
+    hm: HookManager, sweeps: list[_Ready], provenance: Provenance, options: PatchOptions, show: bool
+) -> tuple[Float[Tensor, "metric cell batch"], int]:
+    """Run the sweeps one after another into one table of cells; on Ctrl-C keep what is done."""
+    sizes = [len(s.sweep) for s in sweeps]
+    first = sweeps[0].sweep
+    identity = {
+        "model": provenance.config_hash,
+        "data": provenance.data_hash,
+        "settings": provenance.settings,
+        "weights": weights_digest(hm.model) if options.resume else "",
+        "bases": digest(*(s.sweep.base for s in sweeps)) if options.resume else "",
+    }
+    table = Progress(
+        (len(first.metrics), sum(sizes), first.batch),
+        identity=identity,
+        path=options.resume,
+        save_every=options.save_every,
+    )
+    low = 0
+    try:
+        with _bar(sum(sizes), int(table.done.sum()), show) as step:
+            for ready, size in zip(sweeps, sizes, strict=True):
+                for done in ready.sweep.finished(skip=table.done[low : low + size]):
+                    table.add(done.cells + low, done.values)
+                    step(len(done.cells))
+                low += size
+    except KeyboardInterrupt:
+        if options.resume is not None:
+            raise
+    finally:
+        table.save()
+    return table.values, int(table.done.sum())
+
+
+def _cost(sweeps: list[_Ready], done: int) -> list[str]:
+    total, still = sum(len(s.sweep) for s in sweeps), sum(int(s.sweep.unchanged.sum()) for s in sweeps)
+    notes = []
+    if sweeps[0].sweep.plan != "naive" and still < total:
+        factor = sum(len(s.sweep) for s in sweeps) / sum(len(s.sweep) / s.sweep.flop_factor() for s in sweeps)
+        notes.append(f"one forward per cell would have been {factor:.3g} times the multiplications")
+    if done < total:
+        notes.append(f"stopped: {done} of {total} cells are done, the others are NaN")
+    return notes
+
+
+def _settings(sites: list[Site], by: str, pos: Any, metrics: list[Any], options: PatchOptions) -> dict[str, Any]:
+    names = [_name(m) for m in metrics]
+    return {
+        "sites": [s.short for s in sites],
+        "by": by,
+        "pos": pos,
+        "metric": names[0] if len(names) == 1 else names,
+        "mode": "both" if len(options.modes) > 1 else options.modes[0],
+        "ablation": options.ablation,
+        "spans": options.spans,
+        "latents": options.latents,
+    }
 
 
 def _sites(hm: HookManager, sites: str | Sequence[Site | str]) -> list[Site]:
@@ -240,67 +335,10 @@ def _has_heads(site: Site) -> bool:
     return any(axis in _HEAD_AXES for axis in KINDS[site.kind].axes)
 
 
-def _check_lengths(hm: HookManager, clean: Tokens, corrupted: Tokens) -> None:
-    if len(clean) != len(corrupted):
-        raise DataError(f"{len(clean)} clean prompts and {len(corrupted)} corrupted ones; give them in pairs")
-    for row, (a, b) in enumerate(zip(clean.lengths.tolist(), corrupted.lengths.tolist(), strict=True)):
-        if a != b or a != clean.ids.shape[1]:
-            shown = [" | ".join(token_names(hm, t.ids[row][t.mask[row]])) for t in (clean, corrupted)]
-            why = "differ in length" if a != b else f"are shorter than the longest ({clean.ids.shape[1]} tokens)"
-            raise DataError(
-                f"the prompts of pair {row} {why}: {a} and {b} tokens, so positions would not correspond.\n"
-                f"  clean:     {shown[0]}\n  corrupted: {shown[1]}\nReword them to one length."
-            )
-
-
-def _position_places(pos: int | Sequence[int] | None, width: int) -> list[Where]:
-    chosen = range(width) if pos is None else [pos] if isinstance(pos, int) else list(pos)
-    wrong = [p for p in chosen if not -width <= p < width]
-    if wrong or not chosen:
-        raise WhereError(f"pos={pos}: the prompts have positions 0 … {width - 1} (or −{width} … −1)")
-    return [Where(pos=p % width) for p in chosen]
-
-
-def _head_places(hm: HookManager, site: Site, pos: int | Sequence[int] | None) -> list[Where]:
-    axes, sizes = KINDS[site.kind].axes, {"n_heads": hm.n_heads, "n_kv_heads": hm.n_kv_heads}
-    heads = next(sizes[axis] for axis in axes if axis in sizes)
-    chosen = None if pos is None else pos if isinstance(pos, int) else list(pos)
-    return [Where(pos=chosen, head=h) for h in range(heads)]
-
-
-def _labels(hm: HookManager, clean: Tokens, corrupted: Tokens, places: Sequence[Where]) -> list[str]:
-    labels = []
-    for where in places:
-        names = [token_names(hm, t.ids[:, where.pos].unique()) for t in (clean, corrupted)]
-        one = len(names[0]) == len(names[1]) == 1
-        token = names[0][0] if names[0] == names[1] else f"{names[0][0]} → {names[1][0]}"
-        labels.append(f"{where.pos}: {token}" if one else str(where.pos))
-    return labels
-
-
-def _measure(metric: Callable[[Run], Tensor], out: Run) -> Float[Tensor, " batch"]:
-    value = metric(out)
-    batch = len(out.logits)
-    if not isinstance(value, Tensor) or value.shape != (batch,):
-        what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ShapeError(
-            f"the metric returned {what}; expected one number per example [batch] = [{batch}], such as logit_diff gives"
-        )
-    return value.detach().float().cpu()
-
-
 @contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[], Any]]:
+def _bar(total: int, initial: int, show: bool) -> Iterator[Callable[[int], Any]]:
     from tqdm import tqdm
 
     # None: only where stderr is a terminal.
-    with tqdm(total=total, desc="patching", unit="cell", disable=None if show else True) as bar:
+    with tqdm(total=total, initial=initial, desc="patching", unit="cell", disable=None if show else True) as bar:
         yield bar.update
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # A patch that changes nothing is counted in the result instead of warned about in every cell.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*changed nothing")
-        yield

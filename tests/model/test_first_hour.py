@@ -14,7 +14,8 @@ from interp.core.metrics import answer_logits, logit_diff
 from interp.core.result import Provenance, Result
 from interp.core.run import Run
 from interp.lens.logit_lens import LogitLensResult, direction_logits, logit_lens
-from interp.patching.activation import PatchResult, activation_patch
+from interp.patching.activation import activation_patch
+from interp.patching.result import PatchResult
 from interp.probing.induction import InductionScores, induction_scores
 from interp.report.attention import show_attention
 from tests.families import VOCAB, make, manager, paddings, tokens, word_tokenizer

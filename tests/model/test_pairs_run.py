@@ -324,7 +324,8 @@ def test_patching_takes_pairs_as_it_takes_their_two_sides() -> None:
     )
     for given in (pairs, tokens):
         found = activation_patch(hm, given, sites="resid_mid")
-        assert torch.equal(found.patched, by_hand.patched) and found.columns == by_hand.columns
+        torch.testing.assert_close(found.patched, by_hand.patched, atol=1e-5, rtol=1e-5)
+        assert found.columns == by_hand.columns
         assert torch.equal(found.clean, by_hand.clean) and torch.equal(found.corrupted, by_hand.corrupted)
     other = activation_patch(hm, pairs, sites=["1.resid_mid"], metric=tokens.metric("log_prob"), pos=-1)
     torch.testing.assert_close(other.clean, pair_accuracy(hm, pairs).log_prob[0], atol=1e-4, rtol=0)
