@@ -1,0 +1,1 @@
+"""Prompt pairs of the field's tasks, as text for any tokenizer."""
