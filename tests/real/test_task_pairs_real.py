@@ -65,9 +65,8 @@ def test_the_tables_of_eap_ig_become_pairs(real: Path) -> None:
     assert all(len(e.answers) + len(e.foils) == 100 for e in pairs)
 
     def other(row: Any) -> str:
-        giver = re.split(r"[.,] *", row["clean"])[-1].split()[0]
-        first = re.findall(r"\b[A-Z][a-z]+\b", row["clean"].split(",", 1)[1])
-        return " " + next(name for name in first if name != giver)
+        both = re.findall(r"([A-Z][a-z]+) and ([A-Z][a-z]+)", row["clean"])[0]
+        return f" {min(both, key=row['clean'].count)}"
 
     ioi = pairs_from_csv(folder / "ioi_llama.csv", corrupted="corrupted_hard", answers=other)[:20]
     assert all(e.answers[0] in e.clean.text and e.clean.text.count(e.answers[0]) == 1 for e in ioi)

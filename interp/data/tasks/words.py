@@ -37,8 +37,8 @@ PLACES = _split("garden library market station museum church school office hospi
 THINGS = _split("book letter ring key drink basket picture ticket lamp hat coat ball bottle camera knife box card pen")
 EVENTS = _split(
     "war siege reign strike voyage project campaign trial drought marriage festival journey rebellion dispute "
-    "programme program alliance conflict construction debate famine mission occupation plague practice struggle tour truce "
-    "search regime revolt ceremony contract plan study work"
+    "programme program alliance conflict construction debate famine mission occupation plague practice struggle tour "
+    "truce search regime revolt ceremony contract plan study work"
 )
 PARAMETERS = _split(
     "file size name path line text image user order state group level color index number page time value label table "
