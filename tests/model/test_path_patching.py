@@ -85,7 +85,7 @@ def test_all_cells_are_those_of_a_loop_over_senders_and_receivers(name: str, dir
     receivers = [f"a{last}.h2<q>", f"a{last}.h{hm.n_kv_heads - 1}<k>", "a1.h1<v>", f"m{last}", "logits"]
     got = path_patch(hm, pairs, senders=senders, receivers={r: [r] for r in receivers}, direct=direct)
     assert got.senders == senders and got.receivers == receivers and got.direct == direct
-    assert not got.blocked.any() and float(got.effect.abs().max()) > 0.05
+    assert int(got.blocked.sum()) == (last > 1) and float(got.effect.abs().max()) > 0.05
     for s, sender in enumerate(senders):
         for r, receiver in enumerate(receivers):
             nodes = graph.senders[graph.sender(sender)], graph.receivers[graph.receiver(receiver)]
@@ -177,11 +177,11 @@ def test_the_budget_of_a_forward_and_the_padding_do_not_matter(direct: str) -> N
 
     side = pairs.tokens(hm)
     whole = found()
-    for max_bytes in (1, 60_000, 200_000):
+    for max_bytes in (1, 120_000):
         torch.testing.assert_close(found(max_bytes=max_bytes).patched, whole.patched, atol=1e-5, rtol=1e-4)
     side = pairs.tokens(hm, side="left")
     torch.testing.assert_close(found().patched, whole.patched, atol=1e-4, rtol=1e-4)
-    for row in range(3):
+    for row in (1, 2):
         side = pairs[[row]].tokens(hm)
         torch.testing.assert_close(found().patched[..., 0], whole.patched[..., row], atol=1e-4, rtol=1e-4)
     assert float(whole.effect.abs().max()) > 0.01
