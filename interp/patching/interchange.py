@@ -6,6 +6,7 @@ In the terms of Geiger et al. (2024), arXiv 2303.02536, §3: the clean prompt is
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,7 @@ class Labels:
 class Interchange:
     """Pairs at one site, ready to be patched: what both sides have at the chosen positions, and the pairs' metrics.
 
-    Memory: two vectors per selected position, and the site of one batch.
+    Memory: three vectors per selected position, and the site of one batch.
 
     Args:
         hm: the model.
@@ -166,7 +167,7 @@ class Interchange:
         """Dimensions of what is patched."""
         return self.clean.shape[1]
 
-    @property
+    @cached_property
     def shift(self) -> Float[Tensor, "n d"]:
         """Corrupted − clean, in fp32 or better: what replacing everything would add."""
         precise = torch.promote_types(self.clean.dtype, torch.float32)
@@ -213,12 +214,21 @@ class Interchange:
 
     def spread(self, values: Float[Tensor, "n d"], rows: Int[Tensor, " row"]) -> Tensor:
         """Return values of the selected positions of some pairs in the site's shape, 0 at the others."""
+        return self.placed(values[self.held(rows).to(values.device)], rows)
+
+    def placed(self, values: Float[Tensor, "m d"], rows: Int[Tensor, " row"]) -> Tensor:
+        """Return the same of values of just these pairs' selected positions."""
         mask = self.places[rows]
         out = values.new_zeros(*mask.shape, values.shape[1])
-        out[mask.to(out.device)] = values[self.held(rows).to(values.device)]
+        out[mask.to(out.device)] = values
         if self.head is None and len(self.site.axes) == 4:
             out = out.unflatten(-1, self.hm.atlas.shape(self.site)[2:])
         return out
+
+    def gathered(self, x: Tensor, rows: Int[Tensor, " row"]) -> Float[Tensor, "m d"]:
+        """Return what a tensor in the site's shape, of a run of some pairs, holds at their selected positions."""
+        kept = x[self.places[rows].to(x.device)]
+        return kept.flatten(1) if self.head is None else kept[:, self.head]
 
     def held(self, rows: Int[Tensor, " row"]) -> Int[Tensor, " m"]:
         """Return which of the n selected positions belong to some pairs, in the order of these."""
@@ -292,5 +302,5 @@ def _kept(
     for rows in torch.arange(len(tokens)).split(batch_size):
         found = hm.run(_rows(tokens, rows), read=[site])[site]
         kept = found[mask[rows].to(found.device)]
-        parts.append(kept.flatten(1) if head is None else kept[:, head])
+        parts.append(kept.flatten(1) if head is None else kept[:, head].clone())
     return torch.cat(parts)

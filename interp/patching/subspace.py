@@ -141,7 +141,7 @@ def subspace_patch(
 ) -> SubspaceResult:
     """Put a subspace of the corrupted prompts' activation into the runs of the clean ones.
 
-    Cost: 4 forwards per pair on the clean prompts and 2 on the corrupted ones, the reads ending at the site. Memory: 2 d
+    Cost: 3 forwards per clean prompt, 1 per corrupted one, and both up to the site. Memory: 2 d
     numbers per patched position, and one batch.
 
     Args:
