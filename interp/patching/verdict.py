@@ -13,7 +13,7 @@ from interp.patching.subspace import fldd
 __all__ = ["CARRIED", "CONSISTENT", "NOTHING", "NO_SPLIT", "UNDECIDED", "Evidence", "Share", "share_of", "weighed"]
 
 CONSISTENT = "all signs of an illusion are there"
-CARRIED = "the part that is read has the effect by itself: not the pattern of an illusion"
+CARRIED = "the part that is read and the whole component have the effect too: not the pattern of an illusion"
 NOTHING = "the direction has no clear effect, so there is nothing to explain"
 NO_SPLIT = "every dimension is read, so a split into read and unread says nothing"
 UNDECIDED = "the evidence does not decide"
@@ -119,7 +119,7 @@ def _verdict(shares: Mapping[str, Share], silent: float, resting: bool) -> str:
     if "unread part" not in shares:
         return NO_SPLIT
     read = shares.get("read part")
-    if read is not None and read.low > silent:
+    if read is not None and read.low > silent and shares["whole component"].low > silent:
         return CARRIED
     if resting and all(share.silent(silent) for share in shares.values()):
         return CONSISTENT

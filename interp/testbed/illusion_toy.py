@@ -3,9 +3,9 @@
 Token i stands for a number x. The stream's first dimension holds x; the MLP's neurons are h = (x, 0, x), and what it
 adds to the second dimension is `dormant` · h₁ + `used` · h₂ (neurons counted from 0): h₀ follows x and leads nowhere,
 h₁ leads somewhere and never moves. With y = `skip` · x + `dormant` · h₁ + `used` · h₂ the logits of tokens 0 and 1 are
-y and −y. So for a patch of the MLP's neurons from a source x′ into a base x, with δ = x′ − x, the logit difference is 2y with
+y and −y. So for a patch of the MLP's neurons from a source x′ into a base x the logit difference is 2y:
 
-    along (1, 1, 0)/√2:   y = skip · x + used · x + dormant · δ/2
+    along (1, 1, 0)/√2:   y = skip · x + used · x + dormant · (x′ − x)/2
     along neuron 0:       y = skip · x + used · x
     along neuron 1:       the same
     all neurons:          y = skip · x + used · x′
