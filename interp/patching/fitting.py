@@ -121,7 +121,7 @@ class Boundary(Rotation):
     def mask(self, tau: float) -> Float[Tensor, " d"]:
         """Return how much of each row counts, at a temperature in dimensions."""
         d = len(self.weight)
-        places = torch.arange(d, device=self.weight.device) + 0.5
+        places = torch.arange(d, device=self.weight.device, dtype=self.share.dtype) + 0.5
         return torch.sigmoid((self.share * d - places) / tau)
 
     def final(self) -> Float[Tensor, "k d"]:
