@@ -34,7 +34,7 @@ class DASOptions:
         epochs: passes over the training pairs.
         batch_size: pairs per step, and per forward.
         lr: of Adam at the first step; it falls linearly to 0.
-        loss: "cross_entropy": −log p of the label; "logit_diff": that of answers over foils.
+        loss: "cross_entropy": −log p of the label; "logit_diff": that of the clean answers over the label.
         controls: "random": subspaces drawn at random, what they move made as long as what the fitted one moves;
             "labels": the same fit to labels given to other pairs; "reinitialised": the same fit on random weights.
         held_out: share of the pairs that no fit sees.
@@ -222,13 +222,10 @@ def _surrogate(
     apart = task.shift[mine.to(task.clean.device)]
     part = apart @ basis.T.to(apart)
     added = (part if weights is None else part * weights.to(apart)) @ basis.to(apart)
-    metric = task.pairs.metric() if options.loss == "logit_diff" else None
+    measure = labels.cross_entropy if options.loss == "cross_entropy" else labels.logit_diff
 
     def loss(out: Run) -> Tensor:
-        logits = answer_logits(out)
-        if metric is None:
-            return labels.cross_entropy(logits, rows)
-        return metric.of(logits.index_select(1, metric.columns.to(logits.device)), rows)  # type: ignore[union-attr]
+        return measure(answer_logits(out), rows)
 
     write = Add(task.site, task.placed(added.detach(), rows), where=task.where(rows))
     out = task.hm.run(task.tokens(rows), write=[write], read=[task.site], grad=loss, logits="last")

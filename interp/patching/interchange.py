@@ -45,10 +45,12 @@ class Labels:
     Args:
         columns: every token that is an answer or a label of some pair: the ones that an answer is chosen from.
         wanted: the columns that are right, one or more per pair.
+        own: the columns of the clean prompt's own answers.
     """
 
     columns: Int[Tensor, " column"]
     wanted: Bool[Tensor, "pair column"]
+    own: Bool[Tensor, "pair column"]
 
     @classmethod
     def of(cls, pairs: PairTokens, labels: Int[Tensor, " pair"] | None = None) -> "Labels":
@@ -74,10 +76,12 @@ class Labels:
             mask = torch.ones_like(ids, dtype=torch.bool)
         held = [pairs.answer_ids[pairs.answer_mask], pairs.foil_ids[pairs.foil_mask], ids[mask]]
         columns = torch.cat(held).unique()
-        wanted = torch.zeros(len(pairs), len(columns), dtype=torch.bool)
-        rows, places = mask.nonzero(as_tuple=True)
-        wanted[rows, torch.searchsorted(columns, ids[rows, places])] = True
-        return cls(columns, wanted)
+        made = []
+        for these, real in ((ids, mask), (pairs.answer_ids, pairs.answer_mask)):
+            rows, places = real.nonzero(as_tuple=True)
+            made.append(torch.zeros(len(pairs), len(columns), dtype=torch.bool))
+            made[-1][rows, torch.searchsorted(columns, these[rows, places])] = True
+        return cls(columns, *made)
 
     def shuffled(self, *, seed: int = 0) -> "Labels":
         """Return each pair's labels given to another pair: nothing in a pair says what its label is."""
@@ -96,6 +100,13 @@ class Labels:
         """Return −log Σ p(label) over the whole vocabulary, in nats."""
         log_p = logits.log_softmax(-1).index_select(1, self.columns.to(logits.device))
         return -log_p.masked_fill(~self.wanted[rows].to(logits.device), -torch.inf).logsumexp(1)
+
+    def logit_diff(self, logits: Float[Tensor, "row d_vocab"], rows: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+        """Return mean logit of the clean prompt's own answers − mean logit of the labels."""
+        these = logits.index_select(1, self.columns.to(logits.device))
+        shares = [m[rows].to(these) / m[rows].sum(1, keepdim=True).to(these) for m in (self.own, self.wanted)]
+        used = shares[0] - shares[1]
+        return torch.where(used == 0, 0.0, these * used).sum(1)  # a −∞ that is not looked at makes no NaN
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,15 +21,15 @@ from interp.patching.interchange import Interchange, Labels
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 
-KINDS, OTHERS, D = 3, 5, 8
+KINDS, OTHERS, D = 3, 4, 8
 SITE = "0.resid_post"
-FAST = DASOptions(epochs=20, lr=0.1, controls=(), progress=False)
+FAST = DASOptions(epochs=26, lr=0.1, batch_size=36, controls=(), progress=False)
 
 
 def planted() -> tuple[HookManager, PairTokens, Tensor]:
     """A linear model, all ordered pairs of other kind, and the plane.
 
-    Token 5a + b puts the a-th corner of a triangle into a plane and the b-th of a simplex into four other dimensions;
+    Token 4a + b puts the a-th corner of a triangle into a plane and the b-th of a simplex into three other dimensions;
     the logits of tokens 0 … 2 read the plane.
     """
     options = NanoOptions(
@@ -39,12 +39,12 @@ def planted() -> tuple[HookManager, PairTokens, Tensor]:
     frame = random_basis(D, D, seed=3)
     kind = torch.eye(KINDS) - 1 / KINDS
     plane = torch.linalg.svd(kind).Vh[:2]  # [2 3]: the triangle in its own plane
-    other = torch.linalg.svd(torch.eye(OTHERS) - 1 / OTHERS).Vh[:4]
+    other = torch.linalg.svd(torch.eye(OTHERS) - 1 / OTHERS).Vh[:3]
     token = torch.arange(KINDS * OTHERS)
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-        embedded = plane.T[token // OTHERS] @ frame[:2] + 2 * other.T[token % OTHERS] @ frame[2:6]
+        embedded = plane.T[token // OTHERS] @ frame[:2] + 2 * other.T[token % OTHERS] @ frame[2:5]
         model.model.embed_tokens.weight.copy_(embedded)
         model.lm_head.weight[:KINDS] = 8 * plane.T @ frame[:2]
     both = torch.cartesian_prod(token, token)
@@ -61,12 +61,12 @@ def overlap(found: Tensor, truth: Tensor) -> list[float]:
 @pytest.fixture(scope="module")
 def fitted() -> DAS:
     hm, pairs, _ = planted()
-    return fit_das(hm, pairs, SITE, k=2, options=DASOptions(epochs=20, lr=0.1, progress=False))
+    return fit_das(hm, pairs, SITE, k=2, options=DASOptions(epochs=26, lr=0.1, batch_size=36, progress=False))
 
 
 def test_the_planted_plane_is_found_and_holds_on_pairs_it_has_not_seen(fitted: DAS) -> None:
     _, pairs, plane = planted()
-    assert min(overlap(fitted.basis, plane)) > 0.995
+    assert min(overlap(fitted.basis, plane)) > 0.97
     assert fitted.iia["held out"].mean == 1.0 == fitted.iia["whole site"].mean
     assert fitted.k == 2 and len(fitted.test) == round(len(pairs) / 4) == len(fitted.hits["held out"])
     assert fitted.loss[-1] < 0.1 < fitted.loss[0]
@@ -84,7 +84,7 @@ def test_a_subspace_that_is_too_small_or_too_large() -> None:
     hm, pairs, plane = planted()
     one = fit_das(hm, pairs, SITE, k=1, options=FAST)
     assert overlap(one.basis, plane)[0] > 0.9 and one.iia["held out"].mean < 0.6
-    every = fit_das(hm, pairs, SITE, k=D, options=DASOptions(epochs=1, controls=(), progress=False))
+    every = fit_das(hm, pairs, SITE, k=D, options=DASOptions(epochs=1, batch_size=99, controls=(), progress=False))
     assert torch.equal(every.hits["held out"], every.hits["whole site"])
 
 
@@ -96,7 +96,7 @@ def test_labels_of_a_causal_model_can_be_given() -> None:
     assert idle.iia["held out"].mean == 1.0 == idle.iia["no patch"].mean
     assert overlap(idle.basis, plane)[0] < 0.2
     again = fit_das(hm, pairs, SITE, k=2, labels=source, options=FAST)
-    assert min(overlap(again.basis, plane)) > 0.995
+    assert min(overlap(again.basis, plane)) > 0.97
 
 
 def test_held_out_pairs_are_the_ones_named_and_no_fit_sees_them() -> None:
@@ -113,9 +113,9 @@ def test_held_out_pairs_are_the_ones_named_and_no_fit_sees_them() -> None:
 
 def test_a_boundless_fit_finds_the_plane_and_its_size() -> None:
     hm, pairs, plane = planted()
-    options = DASOptions(epochs=40, lr=0.03, controls=("random",), progress=False)
+    options = DASOptions(epochs=60, lr=0.05, batch_size=36, controls=("random",), progress=False)
     found = fit_boundless_das(hm, pairs, SITE, options=options, temperature=(3.0, 0.1), penalty=4.0)
-    assert found.k == 2 and min(overlap(found.basis, plane)) > 0.99
+    assert found.k == 2 and min(overlap(found.basis, plane)) > 0.97
     assert found.iia["held out"].mean == 1.0
     assert (
         len(found.boundary) == len(found.loss) and found.boundary[0] == 0.5 and "boundless, 2 of 8" in found.summary()
@@ -173,11 +173,11 @@ def test_the_gradient_is_that_of_finite_differences(loss: str) -> None:
 def test_the_model_is_left_as_it_was_and_the_seed_decides_the_bytes() -> None:
     hm, pairs, _ = planted()
     before = {name: p.clone() for name, p in hm.model.named_parameters()}
-    few = DASOptions(epochs=2, progress=False)
+    few = DASOptions(epochs=1, progress=False)
     first, second = (fit_das(hm, pairs, SITE, k=2, options=few) for _ in range(2))
     assert torch.equal(first.basis, second.basis) and first.loss == second.loss
     assert all(torch.equal(first.hits[name], second.hits[name]) for name in first.hits)
-    assert not torch.equal(fit_das(hm, pairs, SITE, k=2, options=DASOptions(epochs=2, seed=1)).basis, first.basis)
+    assert not torch.equal(fit_das(hm, pairs, SITE, k=2, options=DASOptions(epochs=1, seed=1)).basis, first.basis)
     for name, p in hm.model.named_parameters():
         assert torch.equal(p, before[name]) and p.grad is None and p.requires_grad
     torch.testing.assert_close(first.basis @ first.basis.T, torch.eye(2), atol=1e-5, rtol=0)

@@ -203,6 +203,7 @@ def test_labels_choose_among_answers_and_count_any_foil() -> None:
     assert labels.hit(logits, torch.tensor([1, 0])).tolist() == [False, False]
     expected = -(logits.softmax(-1)[0, 6] + logits.softmax(-1)[0, 7]).log()
     torch.testing.assert_close(labels.cross_entropy(logits, torch.arange(2))[0], expected)
+    torch.testing.assert_close(labels.logit_diff(logits, torch.arange(2)), pairs.metric()(logits[:, None]))
     assert torch.equal(labels.shuffled().wanted, labels.wanted.flip(0))
     assert Labels.of(pairs, torch.tensor([5, 5])).hit(logits, torch.arange(2)).tolist() == [False, False]
 
