@@ -60,8 +60,8 @@ class ReplaceSubspace(Intervention):
         _check_basis(self.basis)
         weights = self.weights
         if weights is not None and (not isinstance(weights, Tensor) or weights.shape != self.basis.shape[:1]):
-            what = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise ShapeError(f"ReplaceSubspace(weights=…) needs one per row of the basis [{len(self.basis)}]: {what}")
+            got = str(tuple(weights.shape)) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ShapeError(f"ReplaceSubspace(weights=…) needs one per row of the basis [{len(self.basis)}]: {got}")
         if self.source_where is not None and not (
             isinstance(self.source_where, Where) and isinstance(self.source, Run) and self.source.tokens is not None
         ):

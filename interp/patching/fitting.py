@@ -184,7 +184,7 @@ def train(
     Raises:
         ModelError: the loss is not a number; names the step.
     """
-    optimiser = torch.optim.Adam(rotation.groups(options.lr))  # type: ignore[arg-type]
+    optimiser = torch.optim.Adam(rotation.groups(options.lr))
     total = options.epochs * len(rows.split(options.batch_size))
     falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 1 - n / total)
     fit, generator = Fit(rotation), torch.Generator().manual_seed(options.seed)

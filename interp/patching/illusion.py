@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["IllusionOptions", "IllusionReport", "illusion"]
 
 _WHOLE = "whole component"
-_PLACEBO = "placebo"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,24 +205,17 @@ def illusion(
     task = Interchange.of(hm, pairs, site, where=where, batch_size=chosen.batch_size)
     v = _direction(direction, task)
     read = _read_basis(hm, task, reads, chosen.rank_tol)
+    sides, wanted = _labels(task, labels), Labels.of(task.pairs)
     seen = (v @ read.T) @ read
     named = {"direction": v, "read part": seen, "unread part": v - seen}
     parts = {name: part / part.norm() for name, part in named.items() if float(part.norm()) > 1e-3}
-    wanted = Labels.of(task.pairs)
-    clean = task.outcome(None, wanted)
-    found = {name: task.outcome(task.subspace(u[None]), wanted) for name, u in parts.items()}
-    placebos = _placebos(task, wanted, v, chosen)
-    drawn = [torch.stack([getattr(p, what).float() for p in placebos]).mean(0) for what in ("logit_diff", "hit")]
-    whole = task.outcome(task.whole(), wanted)
-    patched = {name: p.logit_diff for name, p in found.items()} | {_PLACEBO: drawn[0], _WHOLE: whole.logit_diff}
-    hits = {name: p.hit.float() for name, p in found.items()} | {_PLACEBO: drawn[1], _WHOLE: whole.hit.float()}
-    sides = _labels(task, labels)
-    moved, spread = {n: _moved(task, u) for n, u in parts.items()}, {n: _spread(task, u) for n, u in parts.items()}
+    found, placebos = _effects(task, parts, wanted, chosen)
+    clean = task.outcome(None, wanted).logit_diff
     evidence = Evidence(
-        clean=clean.logit_diff,
-        patched=patched,
-        placebos=[fldd(p.logit_diff, clean.logit_diff).mean for p in placebos],
-        moved=moved,
+        clean=clean,
+        patched={name: logit_diff for name, (logit_diff, _) in found.items()},
+        placebos=[fldd(logit_diff, clean).mean for logit_diff, _ in placebos],
+        moved={name: _moved(task, u) for name, u in parts.items()},
         explained={name: _explained(task, u, sides) for name, u in parts.items()},
     )
     verdict, lines = weighed(evidence, min_effect=chosen.min_effect, silent=chosen.silent, dormant=chosen.dormant)
@@ -237,18 +229,38 @@ def illusion(
         direction=v.cpu(),
         read_share=float(seen @ seen),
         read_rank=len(read),
-        clean=clean.logit_diff,
+        clean=clean,
         corrupted=task.corrupted_outcome(wanted).logit_diff,
-        patched=patched,
-        hits=hits,
+        patched=evidence.patched,
+        hits={name: hits for name, (_, hits) in found.items()},
         placebos=evidence.placebos,
-        moved=moved,
-        spread=spread,
+        moved=evidence.moved,
+        spread={name: _spread(task, u) for name, u in parts.items()},
         explained=evidence.explained,
         controls=dict(direction.hits) if isinstance(direction, DAS) else {},
         verdict=verdict,
         evidence=lines,
     )
+
+
+_Effect = tuple[Tensor, Tensor]
+"""Logit differences and hits per pair."""
+
+
+def _effects(
+    task: Interchange, parts: dict[str, Tensor], labels: Labels, options: IllusionOptions
+) -> tuple[dict[str, _Effect], list[_Effect]]:
+    """Patch each part alone, random directions moved as far as the direction, and the whole component."""
+    size = (task.shift @ parts["direction"]).abs()
+    drawn = [random_basis(1, task.width, seed=1000 * (options.seed + 1) + n) for n in range(options.n_placebo)]
+    placebos = [_effect(task.outcome(task.added(task.same_size(u, size)), labels)) for u in drawn]
+    found = {name: _effect(task.outcome(task.subspace(u[None]), labels)) for name, u in parts.items()}
+    means = [torch.stack([p[at] for p in placebos]).mean(0) for at in (0, 1)]
+    return found | {"placebo": (means[0], means[1]), _WHOLE: _effect(task.outcome(task.whole(), labels))}, placebos
+
+
+def _effect(outcome: Outcome) -> _Effect:
+    return outcome.logit_diff, outcome.hit.float()
 
 
 def _direction(given: Tensor | DAS, task: Interchange) -> Float[Tensor, " d"]:
@@ -277,12 +289,6 @@ def _read_basis(hm: HookManager, task: Interchange, reads: Tensor | None, tol: f
         raise ShapeError(f"reads has shape {tuple(weight.shape)}; expected [d m] with d = {task.width}, for x @ reads")
     u, size, _ = torch.linalg.svd(weight.detach().to(task.shift), full_matrices=False)
     return u[:, size > tol * size.max()].T
-
-
-def _placebos(task: Interchange, labels: Labels, v: Tensor, options: IllusionOptions) -> list[Outcome]:
-    size = (task.shift @ v).abs()
-    drawn = [random_basis(1, task.width, seed=1000 * (options.seed + 1) + n) for n in range(options.n_placebo)]
-    return [task.outcome(task.added(task.same_size(u, size)), labels) for u in drawn]
 
 
 def _moved(task: Interchange, u: Tensor) -> float:

@@ -33,9 +33,9 @@ class Evidence:
     """
 
     clean: Float[Tensor, " pair"]
-    patched: Mapping[str, Tensor]
+    patched: dict[str, Tensor]
     placebos: list[float]
-    moved: Mapping[str, float]
+    moved: dict[str, float]
     explained: dict[str, float]
 
 

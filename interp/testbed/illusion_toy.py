@@ -16,7 +16,7 @@ Source: after the toy model of Makelov, Lange and Nanda (2023), arXiv 2311.17030
 component (skip) or through it (used), so that patching the whole component may do nothing.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,13 +56,13 @@ def illusion_toy(
     model = nano(options)
     tokens = torch.arange(n)
     x = (1 - 2.0 * (tokens % 2)) * (1 + (tokens // 2) / 4)
-    block = model.model.layers[0]
+    mlp: Any = model.model.layers[0].mlp
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
         model.model.embed_tokens.weight[:, 0] = x
-        block.mlp.up_proj.weight[:, 0] = torch.tensor([1.0, 0.0, 1.0])
-        block.mlp.down_proj.weight[1] = torch.tensor([0.0, dormant, used])
+        mlp.up_proj.weight[:, 0] = torch.tensor([1.0, 0.0, 1.0])
+        mlp.down_proj.weight[1] = torch.tensor([0.0, dormant, used])
         for token, sign in ((0, 1.0), (1, -1.0)):
             model.lm_head.weight[token] = sign * torch.tensor([skip, 1.0, 0.0])
     # The source's size differs from the base's, so that a patch that only flipped signs would not pass.

@@ -254,7 +254,7 @@ def test_bad_settings_are_refused_before_anything_is_fitted() -> None:
             fit_das(hm, pairs, SITE, k=k)  # type: ignore[arg-type]
     for setting in ({"controls": ("placebo",)}, {"loss": "mse"}, {"epochs": 0}, {"lr": 0.0}, {"held_out": 1.0}):
         with pytest.raises(ConfigError):
-            DASOptions(**setting)  # type: ignore[arg-type]
+            DASOptions(**setting)
     with pytest.raises(ConfigError, match="temperature"):
         fit_boundless_das(hm, pairs, SITE, temperature=(50.0, 0.0))
     for held in ([], [len(pairs)], range(len(pairs))):

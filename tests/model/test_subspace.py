@@ -57,7 +57,7 @@ def by_hand(hm: HookManager, site: str, basis: Tensor, head: int | None = None) 
                 part = x[0, here] if head is None else x[0, here, head]
                 value = source[there] if head is None else source[there, head]
                 flat = (value - part).flatten()
-                part += sum((flat @ q) * q for q in basis).reshape(part.shape)  # type: ignore[union-attr]
+                part += sum((flat @ q) * q for q in basis).reshape(part.shape)
             return x
 
         logits = hm.run(torch.tensor([ROWS[row]]), write=[(site, edit)]).logits[0, -1]
@@ -156,7 +156,7 @@ def test_generation_patches_the_prompt_once() -> None:
         source_where=Where(pos=torch.tensor([[2], [4], [-1]])),
     )
     made = [hm.generate(pairs.clean, max_new_tokens=4, write=[edit], use_cache=cache).tokens for cache in (True, False)]
-    assert torch.equal(made[0], made[1])
+    assert made[0] is not None and made[1] is not None and torch.equal(made[0], made[1])
 
 
 # -- the parts ----------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ def numbers(n: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def patched(direction: torch.Tensor, **toy: float) -> SubspaceResult:
-    model, pairs = illusion_toy(**toy)
+    model, pairs = illusion_toy(**toy)  # type: ignore[arg-type]
     return subspace_patch(HookManager.load(model), pairs, SITE, direction)
 
 
 def report(direction: torch.Tensor, **toy: float) -> IllusionReport:
-    model, pairs = illusion_toy(**toy)
+    model, pairs = illusion_toy(**toy)  # type: ignore[arg-type]
     return illusion(HookManager.load(model), pairs, SITE, direction)
 
 
@@ -205,4 +205,4 @@ def test_bad_arguments_are_refused() -> None:
         illusion(hm, pairs, SITE, ALONG, labels=torch.zeros(3, 2, dtype=torch.long))
     for setting in ({"min_effect": 0.0}, {"n_placebo": 0}, {"dormant": float("nan")}):
         with pytest.raises(ConfigError):
-            IllusionOptions(**setting)  # type: ignore[arg-type]
+            IllusionOptions(**setting)
