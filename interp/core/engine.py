@@ -25,6 +25,8 @@ from interp.core.views import linear_weight
 __all__ = ["Forward", "Stop"]
 
 _RANK = {kind: i for i, kind in enumerate(KINDS)}
+# A block may add into such a tensor in place (Falcon's do), and what was read for a gradient is the tensor itself.
+_ADDED_TO = ("attn_out", "mlp_out")
 
 
 class Stop(BaseException):
@@ -63,6 +65,8 @@ class _Work:
             x = forward.on_path(site, x)
         for read in self.reads:
             forward.keep(read, x, rows)
+        if forward.differentiate and self.reads and site.kind in _ADDED_TO:
+            x = x.clone()
         x = self._edited(x, after_reads=True)
         forward.waiting.discard(site.key)
         if forward.stop and not forward.waiting:
