@@ -166,4 +166,3 @@ def gradient_runs(
     for share, weight in path.places:
         between = [Interpolate(INPUT, toward, share)] if share else []
         yield weight, gradient_run(hm, tokens, read=read, metric=metric, rule=rule, write=[*write, *between])
-

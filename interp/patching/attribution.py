@@ -229,8 +229,10 @@ class _Nodes:
     def _along_activations(self, part: Part, path: Path, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name in self.reads:
-            steps = ((w, self.gradient(part, self.sides.patched, [Interpolate(name, there[name], s)]))
-                     for s, w in path.places)
+            steps = (
+                (w, self.gradient(part, self.sides.patched, [Interpolate(name, there[name], s)]))
+                for s, w in path.places
+            )
             found |= _weighted((w, {name: run.grad[name]}) for w, run in steps)
         return found
 

@@ -52,10 +52,10 @@ def edge_attribution(
     """Estimate what patching each edge does to the metric.
 
     Cost: 2 forwards and 1 backward of the pairs; 2 + m forwards and m backwards with m points on a path of inputs; m
-    for each of the 2·n_layers + 1 groups of senders on one of activations. Memory, per token of a batch of rows, in
-    numbers: senders n_layers·(n_heads·d_head + d_model) + d_model; receivers n_layers·((n_heads + 2 n_kv_heads)·d_head +
-    2 d_model) + d_model; and for the few tokens multiplied out, (senders + receivers of a layer)·d_model, 16 MiB in
-    all. With `per_position`, pos·senders·receivers more.
+    for each of the 2·n_layers + 1 groups of senders on one of activations. Memory, in numbers per token of a batch of
+    rows: what senders add, n_layers·(n_heads·d_head + d_model) + d_model; what receivers get, n_layers·((n_heads +
+    2 n_kv_heads)·d_head + 2 d_model) + d_model; and (senders + receivers of a layer)·d_model for the few tokens that
+    are multiplied out, 16 MiB in all. With `per_position`, pos·senders·receivers more.
 
     Args:
         hm: the model.
@@ -77,7 +77,9 @@ def edge_attribution(
     chosen, sides = path_of(path), Sides.of(hm, pairs, metric=metric, mode=mode)
     places = runs_at(sides, at, chosen.kind)
     if chosen.kind != "none" and sides.inserted is None:
-        raise ConfigError(f"path={chosen.kind!r} leads to the other prompts' run, and mode={mode!r} has none; use 'none'")
+        raise ConfigError(
+            f"path={chosen.kind!r} leads to the other prompts' run, and mode={mode!r} has none; use 'none'"
+        )
     scorer = _Scorer(hm, sides, rule, Writers(hm), Readers(hm, frozen=holds_scales(rule)))
     graph = Graph.of(hm)
     work = Contraction(scorer.writers, scorer.readers, graph, width=sides.width if per_position else 0)

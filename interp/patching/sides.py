@@ -163,7 +163,9 @@ def runs_at(sides: Sides, at: str | None, path_kind: str) -> list[tuple[str, flo
     if at not in ("clean", "corrupted", "both"):
         raise ConfigError(f"at={at!r}: expected 'clean', 'corrupted', 'both' or None")
     if path_kind != "none":
-        raise ConfigError(f"at={at!r} says where one gradient is taken, and path={path_kind!r} takes several; leave one")
+        raise ConfigError(
+            f"at={at!r} says where one gradient is taken, and path={path_kind!r} takes several; leave one"
+        )
     return [("clean", 0.5), ("corrupted", 0.5)] if at == "both" else [(at, 1.0)]
 
 

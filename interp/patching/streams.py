@@ -1,7 +1,7 @@
-"""Senders and receivers of the residual stream in factored form: what heads add, and gradients as the stream sees them.
+"""Senders and receivers of the residual stream in factored form: what heads add, gradients as the stream has them.
 
-A head adds z_h W_O^h; it is kept as z_h. A query head's gradient in the stream is Jᵀ W_Q^h g_q^h, with J the Jacobian of
-the norm before attention; it is kept as g_q^h. Only blocks of a few tokens are ever multiplied out.
+A head adds z_h W_O^h; it is kept as z_h. A query head's gradient in the stream is Jᵀ W_Q^h g_q^h, with J the Jacobian
+of the norm before attention; it is kept as g_q^h. Only blocks of a few tokens are ever multiplied out.
 """
 
 from collections.abc import Mapping
