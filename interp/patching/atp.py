@@ -4,9 +4,8 @@ QK fix: a patched query or key moves its pattern so far that a slope says little
 its change dotted with ∂m/∂pattern. GradDrop: a gradient that comes through several layers may cancel; it is taken once
 for each layer ℓ with what ℓ adds cut off, and the sizes are averaged.
 
-Source: Kramár et al. (2024), arXiv 2403.00745, §3.1 and §3.2. For a key, softmax with one score of a row changed by δ
-is p′_j = p_j e^δ / (1 + p_j (e^δ − 1)), the others shrink by one factor, and so Δp · g = κ (g_j − ⟨p, g⟩) with
-κ = p_j (e^δ − 1) / (1 + p_j (e^δ − 1)).
+Source: Kramár et al. (2024), arXiv 2403.00745, §3.1 and §3.2. Departure: each backward of GradDrop has a forward of its
+own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from interp.core.attribute import gradient_run
 from interp.core.errors import ModelError
@@ -80,32 +80,47 @@ def atp_star(
 
 
 def query_effect(
-    pattern: Float[Tensor, "*n pos src"], shift: Float[Tensor, "*n pos src"], gradient: Float[Tensor, "*n pos src"]
+    log_pattern: Float[Tensor, "*n pos src"], shift: Float[Tensor, "*n pos src"], gradient: Float[Tensor, "*n pos src"]
 ) -> Float[Tensor, "*n pos"]:
     """Return (p′ − p) · g of rows whose scores all change: what patching each query does.
 
     Args:
-        pattern: p; rows may sum to less than 1, where a sink takes a share.
-        shift: change of the scores; 0 where masked.
+        log_pattern: log p, −∞ where masked; rows of p may sum to less than 1, where a sink takes a share.
+        shift: change of the scores.
         gradient: g = ∂m/∂p.
     """
-    rest = (1.0 - pattern.sum(-1, keepdim=True)).clamp(min=0.0)
-    most = shift.amax(-1, keepdim=True).clamp(min=0.0)
-    grown = pattern * (shift - most).exp()
-    new = grown / (grown.sum(-1, keepdim=True) + rest * (-most).exp())
-    return ((new - pattern) * gradient).sum(-1)
+    rest = _rest(log_pattern.exp()).log()
+    # Both by one formula: no shift is exactly no effect.
+    new, old = (torch.cat([logs, rest], dim=-1).softmax(-1) for logs in (log_pattern + shift, log_pattern))
+    return ((new - old)[..., :-1] * gradient).sum(-1)
 
 
 def key_effect(
-    pattern: Float[Tensor, "*n pos src"], shift: Float[Tensor, "*n pos src"], gradient: Float[Tensor, "*n pos src"]
+    log_pattern: Float[Tensor, "*n pos src"], shift: Float[Tensor, "*n pos src"], gradient: Float[Tensor, "*n pos src"]
 ) -> Float[Tensor, "*n src"]:
-    """Return Σ over queries of (p′ − p) · g where one key at a time changes its scores; arguments as for queries."""
-    # In terms of e^−|δ|, so that no exponential overflows.
-    small = torch.expm1(-shift.abs())
-    up = -pattern * small / (1.0 + small - pattern * small)
-    down = pattern * small / (1.0 + pattern * small)
-    share = torch.where(shift > 0, up, down)
-    return (share * (gradient - (pattern * gradient).sum(-1, keepdim=True))).sum(-2)
+    """Return Σ over queries of (p′ − p) · g where one key at a time changes its scores; arguments as for queries.
+
+    With the other keys' share o and their mean gradient ḡ: (p′ − p)(g − ḡ), where p′ / (1 − p′) = e^δ p / o.
+    """
+    pattern = log_pattern.exp()
+    others = _all_but_one(pattern) + _rest(pattern)
+    mean = _all_but_one(pattern * gradient) / others.clamp(min=torch.finfo(others.dtype).tiny)
+    odds = log_pattern - others.log()
+    change = torch.where(others > 0, torch.sigmoid(odds + shift) - torch.sigmoid(odds), 0.0)
+    return (change * (gradient - mean)).sum(-2)
+
+
+def _rest(pattern: Float[Tensor, "*n pos src"]) -> Float[Tensor, "*n pos one"]:
+    """What a sink takes of each row; less than rounding explains is none."""
+    rest = 1.0 - pattern.sum(-1, keepdim=True)
+    return torch.where(rest > 1e-5, rest, 0.0)
+
+
+def _all_but_one(x: Float[Tensor, "*n src"]) -> Float[Tensor, "*n src"]:
+    """The sum of all entries but each one, without taking it from the whole: that would leave rounding alone."""
+    before = F.pad(x.cumsum(-1)[..., :-1], (1, 0))
+    after = F.pad(x.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+    return before + after
 
 
 def _pair_of(hm: "HookManager", site: Site) -> tuple[str, str]:
@@ -135,9 +150,15 @@ def _exact(
     old = _products(q, k) * factor
     old = old if not cap else torch.tanh(old / cap) * cap
     shift = torch.where(seen, now - old, 0.0)
+    # A row that sees nothing is a pad's; nothing depends on it.
+    real = seen.any(-1, keepdim=True)
+    whole = pattern.sum(-1, keepdim=True)
+    logs = torch.where(seen, scores, -torch.inf).masked_fill(~real, 0.0).log_softmax(-1)
+    logs = logs + torch.where(whole < 1 - 1e-5, whole, 1.0).log()
+    g = torch.where(real, gradient.float(), 0.0)
     if kind == "q":
-        return query_effect(pattern, shift, gradient.float()).transpose(1, 2)
-    found = key_effect(pattern, shift, gradient.float()).transpose(1, 2)
+        return query_effect(logs, shift, g).transpose(1, 2)
+    found = key_effect(logs, shift, g).transpose(1, 2)
     return found.unflatten(2, (k.shape[2], -1)).sum(-1)
 
 

@@ -185,6 +185,7 @@ class Contraction:
         widest = hm.n_heads + 2 * hm.n_kv_heads + 1
         self.tokens = max(1, _BLOCK_BYTES // (4 * hm.d_model * (shape[1] + widest)))
 
+    @torch.no_grad()
     def add(self, delta: Mapping[str, Tensor], run: Run, mask: Bool[Tensor, "row pos"], weight: float) -> None:
         """Add the scores of some rows.
 

@@ -151,7 +151,8 @@ class Readers:
         if not inside or module is None:
             return Branch(found)
         spec = hm.atlas.norm(norm, layer)
-        return Branch(found, spec, spec.gain(module))
+        gain = spec.gain(module)
+        return Branch(found, spec, None if gain is None else gain.detach())
 
     @property
     def forks(self) -> list[Intervention]:
