@@ -14,6 +14,7 @@ from interp.core.errors import HookError, ShapeError, SiteError, WhereError
 from interp.core.frame import Frame
 from interp.core.inside import InsideTap
 from interp.core.intervention import Intervention
+from interp.core.norms import with_values_of
 from interp.core.place import Place
 from interp.core.plan import Plan
 from interp.core.points import Point
@@ -24,6 +25,8 @@ from interp.core.views import linear_weight
 __all__ = ["Forward", "Stop"]
 
 _RANK = {kind: i for i, kind in enumerate(KINDS)}
+# A block may add into such a tensor in place (Falcon's do), and what was read for a gradient is the tensor itself.
+_ADDED_TO = ("attn_out", "mlp_out")
 
 
 class Stop(BaseException):
@@ -57,15 +60,24 @@ class _Work:
     def visit(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Make the edits in list order, then the reads; return the tensor that the model goes on with."""
         site, forward = self.point.site, self.forward
-        for number, edit in self.edits:
-            x = forward.edit(number, edit, Place(site, forward.frame, edit.selection), x)
+        x = self._edited(x, after_reads=False)
         if forward.differentiate and self.reads:
             x = forward.on_path(site, x)
         for read in self.reads:
             forward.keep(read, x, rows)
+        if forward.differentiate and self.reads and site.kind in _ADDED_TO:
+            x = x.clone()
+        x = self._edited(x, after_reads=True)
         forward.waiting.discard(site.key)
         if forward.stop and not forward.waiting:
             raise Stop
+        return x
+
+    def _edited(self, x: Tensor, *, after_reads: bool) -> Tensor:
+        site, forward = self.point.site, self.forward
+        for number, edit in self.edits:
+            if edit.after_reads == after_reads:
+                x = forward.edit(number, edit, Place(site, forward.frame, edit.selection), x)
         return x
 
     @property
@@ -325,7 +337,10 @@ class Forward:
             normalized = self._part(by_part["normalized"], normalized)
         if not touched:
             return output
-        return _like(spec.output(normalized, module, output.dtype), x)
+        made = _like(spec.output(normalized, module, output.dtype), x)
+        # The module's own bits, where only the gradient is to go by the formula.
+        keeps = all(edit.may_do_nothing for work in works for _, edit in work.edits)
+        return with_values_of(output, made) if keeps else made
 
     def _part(self, work: _Work, x: Tensor) -> Tensor:
         old = work.point.view.get(x)

@@ -80,6 +80,11 @@ class Intervention:
         return False
 
     @property
+    def after_reads(self) -> bool:
+        """Whether it acts on what the model goes on with, after the site has been read."""
+        return False
+
+    @property
     def needs_whole_batch(self) -> bool:
         """Whether values of one row or position depend on others, so that a batch cannot be split."""
         return False

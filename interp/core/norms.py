@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from interp.core.errors import ModelError
 
-__all__ = ["NormSpec", "identify_norm"]
+__all__ = ["NormSpec", "identify_norm", "with_values_of"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,26 @@ class NormSpec:
         gain, bias = self.gain(module), self.bias(module)
         y = normalized if gain is None else normalized * gain.to(normalized.dtype)
         return (y if bias is None else y + bias.to(y.dtype)).to(dtype)
+
+
+def with_values_of(output: Float[Tensor, "*n d"], formula: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    """Return a module's output with the gradient of our formula for it, which differs from it by rounding.
+
+    Args:
+        output: what the module gave.
+        formula: what the formula gave, on the graph.
+    """
+    return _Values.apply(formula, output.detach())
+
+
+class _Values(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, formula: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def identify_norm(module: nn.Module, path: str, width: int) -> NormSpec:

@@ -1,5 +1,6 @@
-"""Two numbers of many things against each other."""
+"""Points with names: one figure against another."""
 
+import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,47 +17,45 @@ __all__ = ["scatter"]
 
 
 def scatter(
-    across: Float[Tensor, " n"],
-    up: Float[Tensor, " n"],
+    x_values: Float[Tensor, " n"],
+    y_values: Float[Tensor, " n"],
     *,
-    labels: Sequence[str] = (),
-    x: str = "",
-    y: str = "",
+    names: Sequence[str],
+    x: str,
+    y: str,
     title: str = "",
 ) -> "plotly.graph_objects.Figure":
-    """Draw one point for each pair of numbers, its label in the hover box.
+    """Draw one named point per pair of values, with the line on which both are equal.
 
     Args:
-        across: Horizontal values; points with a NaN are left out.
-        up: Vertical values, one for each.
-        labels: What each point is; empty for none.
-        x, y: What the axes count, with their units.
+        x_values: The horizontal places.
+        y_values: The vertical places.
+        names: What each point is, for its hover box.
+        x: What the horizontal axis is, with its unit.
+        y: What the vertical axis is, with its unit.
         title: Heading of the figure.
 
     Returns:
         The figure.
 
     Raises:
-        ShapeError: Values or labels of different number.
+        ShapeError: Values or names of different numbers.
     """
     import plotly.graph_objects as go
 
-    if across.shape != up.shape or (labels and len(labels) != len(up)):
-        raise ShapeError(
-            f"scatter: {len(across)} and {len(up)} values and {len(labels)} labels; give one of each a point"
-        )
-    figure = go.Figure(
-        go.Scatter(
-            x=across.detach().double().cpu().tolist(),
-            y=up.detach().double().cpu().tolist(),
-            mode="markers",
-            text=[plain(label) for label in labels] or None,
-            hovertemplate="%{text}<br>%{x:.4g}, %{y:.4g}<extra></extra>",
-            marker={"size": 6, "opacity": 0.75, "color": "#1f6fc9"},
-        )
+    if not len(x_values) == len(y_values) == len(names):
+        raise ShapeError(f"{len(x_values)} x, {len(y_values)} y and {len(names)} names; give one of each per point")
+    across, up = x_values.detach().double().cpu().tolist(), y_values.detach().double().cpu().tolist()
+    hover = f"%{{text}}<br>{html.escape(x)}: %{{x:.4g}}<br>{html.escape(y)}: %{{y:.4g}}<extra></extra>"
+    figure = go.Figure()
+    if across:
+        ends = [min(*across, *up, 0.0), max(*across, *up, 0.0)]
+        figure.add_scatter(x=ends, y=ends, mode="lines", line={"width": 1, "dash": "dot"}, hoverinfo="skip")
+    figure.add_scatter(
+        x=across, y=up, mode="markers", text=[plain(name) for name in names], marker={"size": 7}, hovertemplate=hover
     )
     dressed(figure, title)
-    figure.update_layout(height=420, showlegend=False, hovermode="closest")
-    figure.update_xaxes(title={"text": plain(x)}, zeroline=True)
-    figure.update_yaxes(title={"text": plain(y)}, zeroline=True)
+    figure.update_layout(height=420, showlegend=False)
+    figure.update_xaxes(title={"text": plain(x), "standoff": 10})
+    figure.update_yaxes(title={"text": plain(y), "standoff": 10})
     return figure
