@@ -18,18 +18,17 @@ from interp.core.manager import HookManager
 from interp.core.metrics import Metric
 from interp.core.readout import Readout
 from interp.core.result import Provenance, token_names
-from interp.core.run import Run
-from interp.core.site import Site
 from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.lens.attribution import DirectAttribution
+from interp.lens.capture import checked_readout, last_stream
 from interp.lens.direct_terms import Slice, Terms, add_terms, reads_for
 from interp.lens.target import Target, pairs_of, read_target
 
 if TYPE_CHECKING:
     from interp.dictionaries.base import Dictionary
 
-__all__ = ["checked_readout", "direct_logit_attribution", "position_of"]
+__all__ = ["direct_logit_attribution", "position_of"]
 
 _WAYS = ("component", "head", "neuron", "latent", "token")
 # Rounding of fp32 leaves less, as a share of the logits; of half precision less than the second.
@@ -89,11 +88,11 @@ def direct_logit_attribution(
     tokens = pairs.clean if pairs is not None else hm.to_tokens(data)
     asked = read_target(hm, tokens, target, pairs)
     where = position_of(tokens, pos)
-    last = Site(f"{hm.n_layers - 1}.resid_post", where=Where(pos=-1))
+    last = last_stream(hm).at(pos=-1)
     reads = reads_for(hm, by, where, dictionary)
     out = hm.run(tokens, read=list(dict.fromkeys([*reads, last])), logits="last")
     readout, part = checked_readout(hm, out, last), Slice(out, where)
-    final = part[f"{hm.n_layers - 1}.resid_post"]
+    final = part[last_stream(hm).short]
     path = DirectPath.of(hm, final, asked.columns, asked.weights)
     with torch.no_grad():
         terms = Terms()
@@ -147,22 +146,6 @@ def position_of(tokens: Tokens, pos: "int | Int[Tensor, ' example']") -> Where:
         row = int(bad[0])
         raise DataError(f"row {row} has {int(lengths[row])} tokens, so there is no position {int(given[row])}")
     return Where(pos=pos if isinstance(pos, int) else given)
-
-
-def checked_readout(hm: HookManager, out: Run, last: Site) -> Readout:
-    """Return the model's readout, held against the last logits of a run.
-
-    Args:
-        hm: the model.
-        out: a run with logits="last".
-        last: the read of the final stream at each row's last token.
-
-    Raises:
-        ModelError: the model makes its logits in another way.
-    """
-    readout = Readout.of(hm)
-    readout.check(out[last], out.logits[:, 0])
-    return readout
 
 
 def _check(by: str, top_k: int, dictionary: Any, per_head: bool) -> None:

@@ -254,8 +254,8 @@ def sites_of_dictionary(dictionary: "Dictionary") -> tuple[Site, Site]:
     given = Site(str(about.get("hook_name_out") or read.name))
     if given.kind not in (*_STREAMS, "attn_out", "mlp_out") or given.layer is None:
         raise SiteError(
-            f"a dictionary of {given.short} is no part of the stream; expected one of resid_pre, resid_mid, resid_post, "
-            "attn_out or mlp_out"
+            f"a dictionary of {given.short} is no part of the stream; expected one of resid_pre, resid_mid, "
+            "resid_post, attn_out or mlp_out"
         )
     for space in (dictionary.space, dictionary.target_space):
         if space.needs_context or space.fixed_names:
