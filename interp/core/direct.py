@@ -22,7 +22,7 @@ from interp.core.readout import Readout
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["DirectPath", "before_output", "wide"]
+__all__ = ["DirectPath", "before_output", "head_vectors", "wide"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +114,27 @@ def before_output(
     held = hm.weights.norm_weights(layer, norm)
     back = direction * wide(held.gain).to(direction) / wide(scale).to(direction)
     return hm.atlas.norm(norm, layer).centre(back), direction @ wide(held.bias).to(direction)
+
+
+def head_vectors(
+    hm: "HookManager", layer: int, z: Float[Tensor, "row n_heads d_head"], scale: Float[Tensor, "row 1"] | None
+) -> Float[Tensor, "n_heads row d_model"]:
+    """Return what outputs of a block's heads, or changes of them, add to the stream; biases are no head's.
+
+    Memory: n_heads · rows · d_model.
+
+    Args:
+        hm: the model.
+        layer: the block.
+        z: the heads' outputs, or their change.
+        scale: as for `before_output`: σ of the norm on attention's output, held; None where there is none.
+    """
+    results = torch.einsum("rhd,hdm->hrm", z, wide(hm.weights[layer].W_O).to(z))
+    if hm.map.attn_out != "ln1_post":
+        return results * hm.map.residual_multiplier
+    assert scale is not None
+    gain = wide(hm.weights.norm_weights(layer, "ln1_post").gain).to(z)
+    return hm.atlas.norm("ln1_post", layer).centre(results) / wide(scale).to(z) * gain
 
 
 def wide(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -174,16 +174,16 @@ class DirectAttribution(Result):
         values = self.mean if row is None else self.values[:, row]
         shown = values.abs().topk(min(top, len(values))).indices.sort().values
         labels = [self.labels[i] for i in shown.tolist()]
-        rest = values.sum() - values[shown].sum()
+        rest = (values.sum() - values[shown].sum())[None]
         other = [f"{len(values) - len(shown)} others"] if len(shown) < len(values) else []
-        heights = torch.cat([values[shown], rest[None]]) if other else values[shown]
+        heights = torch.cat([values[shown], rest]) if other else values[shown]
         heading = f"{self.target}: {self._of(row)}"
         if kind == "waterfall":
             return waterfall(heights, labels=Axis("", labels + other), title=heading, value=_UNIT, total="sum")
         bounds = None
         if row is None and self.values.shape[1] > 1:
             low, high = self.intervals()
-            pad = rest[None] if other else rest[:0]
+            pad = rest if other else rest[:0]
             bounds = torch.cat([low[shown], pad]), torch.cat([high[shown], pad])
         return contributions(heights, labels=Axis("", labels + other), title=heading, value=_UNIT, bounds=bounds)
 

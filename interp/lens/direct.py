@@ -18,6 +18,7 @@ from interp.core.manager import HookManager
 from interp.core.metrics import Metric
 from interp.core.readout import Readout
 from interp.core.result import Provenance, token_names
+from interp.core.run import Run
 from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.lens.attribution import DirectAttribution
@@ -102,23 +103,28 @@ def direct_logit_attribution(
         total, size = _finish(terms, readout, final, asked)
     values = torch.cat([value.to(total).cpu() for value in terms.values])
     _check_residue(hm, values, size)
-    row_tokens = tokens.mask.sum(1)
     settings = {"target": asked.name, "by": by, "pos": pos if isinstance(pos, int) else pos.tolist(), "top_k": top_k}
+    made = {"total": total.cpu(), "sigma": path.sigma.cpu(), "values": values}
+    return _result(out, tokens, terms, made, settings)
+
+
+def _result(
+    out: Run, tokens: Tokens, terms: Terms, made: dict[str, Tensor], settings: dict[str, Any]
+) -> DirectAttribution:
+    hm, by = out.hm, settings["by"]
     return DirectAttribution(
         provenance=Provenance.of(hm, settings=settings, data=(tokens.ids, tokens.mask)),
         by=by,
-        target=asked.name,
+        target=settings["target"],
         labels=terms.labels,
         kinds=terms.kinds,
         layers=torch.tensor(terms.layers),
         heads=torch.tensor(terms.heads),
         sources=torch.tensor(terms.sources),
-        values=values,
-        total=total.cpu(),
-        sigma=path.sigma.cpu(),
-        lengths=row_tokens.cpu(),
+        lengths=tokens.lengths.cpu(),
         source_names=_names(hm, tokens) if by == "token" else [],
         notes=list(out.notes),
+        **made,
     )
 
 
