@@ -312,19 +312,19 @@ def _row_means(
 ) -> tuple[Float[Tensor, "place kept"], Float[Tensor, "place kept"]]:
     """Mean KL of every row with tokens that count, by the tuned lens and by the logit lens."""
     flat, device = counts.reshape(-1).nonzero()[:, 0], readout.unembed.weight.device
-    row = (flat // counts.shape[1]).to(device)
     streams = {place: _picked(out[place], flat, device) for place in lens.places}
-    sums = torch.zeros(2, len(lens.places), len(counts), dtype=torch.float64, device=device)
-    for part in torch.arange(len(flat)).split(max(1, _LOGITS_AT_ONCE // readout.unembed.weight.shape[0])):
-        chunk = slice(int(part[0]), int(part[-1]) + 1)
+    # Each token has a place of its own, so that nothing is added up in an order that could differ.
+    far = torch.zeros(2, len(streams), counts.numel(), device=device)
+    at = flat.to(device)
+    size = max(1, _LOGITS_AT_ONCE // readout.unembed.weight.shape[0])
+    for begin in range(0, len(flat), size):
+        chunk = slice(begin, begin + size)
         final = readout.logits(streams[lens.final][chunk])
         for i, (place, stream) in enumerate(streams.items()):
             for kind, made in enumerate((lens.translate(place, stream[chunk]), stream[chunk])):
-                far = kl_divergence(readout.logits(made), final).double()
-                sums[kind, i] += torch.zeros_like(sums[kind, i]).index_add_(0, row[chunk], far)
+                far[kind, i].index_copy_(0, at[chunk], kl_divergence(readout.logits(made), final).float())
     sizes = counts.sum(1).to(device)
-    kept = sizes > 0
-    tuned, plain = (sums[:, :, kept] / sizes[kept]).float()
+    tuned, plain = far.reshape(2, len(streams), *counts.shape).sum(3)[:, :, sizes > 0] / sizes[sizes > 0]
     return tuned, plain
 
 
