@@ -28,6 +28,7 @@ __all__ = [
     "accumulated_resid",
     "decompose_resid",
     "effect_on_logits",
+    "embedding_terms",
     "loss_per_token",
     "needed_for_decompose",
     "needed_for_heads",
@@ -93,7 +94,7 @@ def decompose_resid(run: Run, layer: int | None = None, *, mid: bool = False) ->
     target = _target(run, layer, mid)
     parts = [(f"{site.layer}_{site.kind}", site) for site in _writers(run, layer, mid)]
     _require(run, needed_for_decompose(run, layer, mid=mid), "decompose_resid")
-    terms = _embedding(run) + [(label, run[site]) for label, site in parts]
+    terms = embedding_terms(run) + [(label, run[site]) for label, site in parts]
     found = _stacked(run, terms, [Site("0.resid_pre"), *(site for _, site in parts)])
     _check_sum(run, found, target)
     return found
@@ -226,6 +227,24 @@ def effect_on_logits(hm: "HookManager", directions: Float[Tensor, "*n d_model"])
         return logits - logits.mean(-1, keepdim=True)
 
 
+def embedding_terms(run: Run) -> list[tuple[str, Float[Tensor, "*rest d_model"]]]:
+    """Return what the stream is when it enters the first block: token and position embedding, where it is their sum.
+
+    Args:
+        run: a run that read `0.resid_pre`; and `embed` and `pos_embed`, for the two terms.
+    """
+    start = run["0.resid_pre"]
+    tables = [name for name in ("embed", "pos_embed") if run.hm.atlas.has(Site(name))]
+    # Positions that are added to queries and keys alone are in the table and not in the stream.
+    if len(tables) == 1 or ("embed" in run and torch.equal(run["embed"], start)):
+        return [("embed", start)]
+    if all(name in run for name in tables):
+        parts = [run[name] for name in tables]
+        if all(p.shape == start.shape for p in parts) and _close(parts[0] + parts[1], start):
+            return list(zip(tables, parts, strict=True))
+    return [("embed+pos_embed", start)]
+
+
 def needed_for_decompose(run: Run, layer: int | None = None, *, mid: bool = False) -> list[str]:
     """Return the reads that `decompose_resid` needs and a run lacks.
 
@@ -285,20 +304,6 @@ def _require(run: Run, missing: Sequence[str], who: str) -> None:
         f"{who}: this run lacks {len(missing)} of the activations it needs; add to read=[…]: "
         + ", ".join(repr(name) for name in reads)
     )
-
-
-def _embedding(run: Run) -> list[tuple[str, Tensor]]:
-    """The first term, split into token and position embedding where both were read and it is their sum."""
-    start = run["0.resid_pre"]
-    tables = [name for name in ("embed", "pos_embed") if run.hm.atlas.has(Site(name))]
-    # Positions that are added to queries and keys alone are in the table and not in the stream.
-    if len(tables) == 1 or ("embed" in run and torch.equal(run["embed"], start)):
-        return [("embed", start)]
-    if all(name in run for name in tables):
-        parts = [run[name] for name in tables]
-        if all(p.shape == start.shape for p in parts) and _close(parts[0] + parts[1], start):
-            return list(zip(tables, parts, strict=True))
-    return [("embed+pos_embed", start)]
 
 
 def _stacked(run: Run, terms: list[tuple[str, Tensor]], sites: Sequence[Site]) -> Decomposition:

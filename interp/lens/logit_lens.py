@@ -5,7 +5,7 @@ scale are applied too, so that the last layer is the model's own output (this is
 is read without soft-cap and norm statistics, which are no property of a direction.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,29 +14,29 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.decompose import effect_on_logits
-from interp.core.errors import DataError, ShapeError, SiteError
+from interp.core.errors import DataError, ShapeError
 from interp.core.manager import HookManager
 from interp.core.metrics import kl_divergence
-from interp.core.readout import Readout
 from interp.core.result import Provenance, Result, token_names
 from interp.core.site import Site
+from interp.lens.capture import Streams, capture_streams
 
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
 
-__all__ = ["DirectionLogits", "LogitLensResult", "direction_logits", "logit_lens"]
-
-_RESIDUALS = ("resid_pre", "resid_mid", "resid_post")
+__all__ = ["DirectionLogits", "LogitLensResult", "direction_logits", "logit_lens", "read_early"]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class LogitLensResult(Result):
-    """What the logit lens reads at every residual site and position.
+    """What the logit lens, or a tuned lens, reads at every residual site and position.
 
     Attributes:
+        reader: "logit lens" or "tuned lens".
         sites: Short names of the sites, in order.
-        tokens: The input's ids.
+        tokens: The input's ids at the positions read.
+        columns: Those positions, as columns of the padded batch.
         mask: True where a token is real; the floats below are NaN elsewhere.
         special: True where a token is special; `summary` leaves those out.
         top_ids: The k likeliest next tokens, likeliest first.
@@ -50,8 +50,10 @@ class LogitLensResult(Result):
     """
 
     title: ClassVar[str] = "Logit lens"
+    reader: str
     sites: list[str]
     tokens: Int[Tensor, "batch pos"]
+    columns: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
     special: Bool[Tensor, "batch pos"]
     top_ids: Int[Tensor, "site batch pos k"]
@@ -76,7 +78,7 @@ class LogitLensResult(Result):
                     {
                         "site": site,
                         "example": example,
-                        "pos": pos,
+                        "pos": int(self.columns[example, pos]),
                         "token": self.names[int(self.tokens[example, pos])],
                         "top_token": self.names[int(self.top_ids[at][0])],
                         "top_prob": float(self.top_probs[at][0]),
@@ -106,7 +108,7 @@ class LogitLensResult(Result):
             self.top_probs[:, row, real, 0],
             rows=Axis("", self.sites),
             columns=Axis("token that was read", [self.names[int(self.tokens[row, p])] for p in real]),
-            title="Likeliest next token, read out early",
+            title=f"Likeliest next token, read out early by the {self.reader}",
             value="probability",
             text=text,
             hover=hover,
@@ -201,53 +203,78 @@ def logit_lens(
     sites: Sequence[Site | str] | None = None,
     top_k: int = 5,
     targets: int | Int[Tensor, "rows columns"] | None = None,
+    pos: "int | Sequence[int] | Int[Tensor, 'rows *n'] | None" = None,
 ) -> LogitLensResult:
     """Read every residual site as the model reads its last one: final norm, unembedding, logit scale, soft-cap.
 
-    Memory: the residuals, and four tensors [batch pos d_vocab] at a time, whatever the number of sites.
+    Memory: the residuals, and four tensors [batch pos d_vocab] at a time, whatever the number of sites; with `pos`, of
+    so many positions alone.
 
     Args:
         hm: The model.
-        text: Whatever `hm.run` takes.
-        sites: Residual sites or globs; None takes `0.resid_pre` and every `resid_post`.
+        text: Whatever `hm.run` takes; or a `Run` that read residual sites, the last `resid_post` among them, whole or
+            all at the same positions: then nothing is run again (but one row, to check the readout, where that run has
+            no logits of these positions).
+        sites: Residual sites or globs; None takes `0.resid_pre` and every `resid_post` (of a `Run`, all it has).
         top_k: How many of the likeliest tokens to keep.
         targets: The token asked about: one id everywhere, ids [batch pos] (−1 for none), or None for the text's own
             next token.
+        pos: Positions to read, in each row's own tokens: one, several, or a tensor [batch] or [batch n]; None for all.
 
     Returns:
         The readings; tensors are on the host.
 
     Raises:
-        SiteError: A site that is no residual stream.
+        SiteError: A site that is no residual stream, or one that a `Run` lacks.
         DataError: `top_k` or `targets` out of range.
         ModelError: The model makes its logits in a way this lens does not know.
 
     Source: nostalgebraist (2020); see the module's text for departures.
     """
-    chosen = _residual_sites(hm, sites)
+    return read_early(hm, text, sites=sites, top_k=top_k, targets=targets, pos=pos)
+
+
+def read_early(
+    hm: HookManager,
+    text: Any,
+    *,
+    sites: Sequence[Site | str] | None = None,
+    top_k: int = 5,
+    targets: int | Int[Tensor, "rows columns"] | None = None,
+    pos: "int | Sequence[int] | Int[Tensor, 'rows *n'] | None" = None,
+    translate: "Callable[[Site, Tensor], Tensor] | None" = None,
+    reader: str = "logit lens",
+) -> LogitLensResult:
+    """Read residual sites early, each translated first: what the logit lens and the tuned lens have in common.
+
+    Args:
+        hm, text, sites, top_k, targets, pos: As for `logit_lens`.
+        translate: Maps a site and its stream [batch pos d_model] to the stream that is read out; None for none.
+        reader: What the result calls the lens.
+    """
     if not 1 <= top_k <= hm.d_vocab:
         raise DataError(f"top_k={top_k}: expected 1 … {hm.d_vocab}, the size of the vocabulary")
-    last = Site(f"{hm.n_layers - 1}.resid_post")
-    out = hm.run(text, read=list(dict.fromkeys([*chosen, last])), logits="all")
-    assert out.tokens is not None and out.mask is not None
-    tokens, mask = out.tokens.cpu(), out.mask.cpu()
-    wanted = _targets(targets, tokens, mask, hm.d_vocab)
-    readout = Readout.of(hm)
-    readout.check(out[last], out.logits)
+    seen = capture_streams(hm, text, sites, pos)
+    wanted = _targets(targets, seen, hm.d_vocab)
     with torch.no_grad():
-        readings = [_read(readout.logits(out[site]), out.logits, wanted, top_k) for site in chosen]
+        readings = []
+        for site, stream in zip(seen.sites, seen.streams, strict=True):
+            made = stream if translate is None else translate(site, stream)
+            readings.append(_read(seen.readout.logits(made), seen.final, wanted, top_k))
     top_ids, top_probs, entropy, kl, logprob, rank = (
         torch.stack(column).cpu() for column in zip(*readings, strict=True)
     )
-    missing, none = ~mask, (wanted < 0) | ~mask
+    tokens, missing, none = seen.tokens, ~seen.mask, (wanted < 0) | ~seen.mask
     shown = torch.cat([tokens.reshape(-1), top_ids.reshape(-1), wanted[wanted >= 0]]).unique()
+    names = [site.short for site in seen.sites]
+    data = (seen.all_tokens, seen.all_mask)
     return LogitLensResult(
-        provenance=Provenance.of(
-            hm, settings={"sites": [s.short for s in chosen], "top_k": top_k}, data=(tokens, mask)
-        ),
-        sites=[s.short for s in chosen],
+        provenance=Provenance.of(hm, settings={"sites": names, "top_k": top_k, "reader": reader}, data=data),
+        reader=reader,
+        sites=names,
         tokens=tokens,
-        mask=mask,
+        columns=seen.columns,
+        mask=seen.mask,
         special=hm.special_mask(tokens),
         top_ids=top_ids,
         top_probs=top_probs,
@@ -295,33 +322,18 @@ def direction_logits(
     )
 
 
-def _residual_sites(hm: HookManager, sites: Sequence[Site | str] | None) -> list[Site]:
-    wanted: Sequence[Site | str] = ["0.resid_pre", "*.resid_post"] if sites is None else sites
-    chosen = [site for name in wanted for site in hm.atlas.expand(name)]
-    wrong = next((s for s in chosen if s.kind not in _RESIDUALS or s.where is not None), None)
-    if wrong is not None or not chosen:
-        what = f"{wrong!r} is not a whole residual stream" if wrong is not None else "no sites were given"
-        raise SiteError(
-            f"the logit lens reads {', '.join(_RESIDUALS)}: {what}; for what a part writes, see direction_logits"
-        )
-    return chosen
-
-
 def _targets(
-    targets: int | Int[Tensor, "rows columns"] | None,
-    tokens: Int[Tensor, "batch pos"],
-    mask: Bool[Tensor, "batch pos"],
-    d_vocab: int,
+    targets: int | Int[Tensor, "rows columns"] | None, seen: Streams, d_vocab: int
 ) -> Int[Tensor, "batch pos"]:
     if targets is None:
+        tokens, mask = seen.all_tokens, seen.all_mask
         following = torch.full_like(tokens, -1)
         following[:, :-1] = torch.where(mask[:, 1:], tokens[:, 1:], -1)
-        return following
-    wanted = torch.full_like(tokens, targets) if isinstance(targets, int) else targets.detach().cpu().long()
-    if wanted.shape != tokens.shape:
-        raise ShapeError(
-            f"targets {tuple(wanted.shape)} do not fit the tokens {tuple(tokens.shape)}; give ids [batch pos]"
-        )
+        return following.gather(1, seen.columns)
+    shape = seen.tokens.shape
+    wanted = torch.full(shape, targets) if isinstance(targets, int) else targets.detach().cpu().long()
+    if wanted.shape != shape:
+        raise ShapeError(f"targets {tuple(wanted.shape)} do not fit the tokens {tuple(shape)}; give ids [batch pos]")
     if int(wanted.min()) < -1 or int(wanted.max()) >= d_vocab:
         raise DataError(
             f"targets hold {int(wanted.min())} … {int(wanted.max())}; expected ids 0 … {d_vocab - 1}, or −1 for none"
