@@ -21,10 +21,10 @@ Source: the form with one buffer of differences follows Miller et al. (2024), ar
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from interp.core.errors import ModelError
@@ -106,6 +106,14 @@ class _Block:
         whole = z.flatten(2) @ w_o.flatten(0, 1) + self.b_o.to(z.dtype)
         sigma = spec.scale(spec.centre(whole))
         return (spec.centre(found) / sigma * self.post.gain.to(sigma.dtype)).to(z.dtype)
+
+
+class _Input(NamedTuple):
+    """What some receivers read: in these circuits (None: in all), these receivers, [circuit·batch pos d_model]."""
+
+    circuits: Int[Tensor, " circuit"] | None
+    receivers: list[int]
+    stream: Float[Tensor, "row pos d_model"]
 
 
 class EdgeModel:
@@ -222,7 +230,7 @@ class EdgePass:
     used: list[int] = field(init=False)
     _buffer: Tensor | None = field(init=False, default=None)
     _streams: dict[str, Tensor] = field(init=False, default_factory=dict)
-    _heads: dict[str, list[tuple[list[int], Tensor]]] = field(init=False, default_factory=dict)
+    _heads: dict[str, list[tuple[Tensor | None, list[int], Tensor]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.used = self.removed.any(0).any(1).nonzero().flatten().tolist()
@@ -242,17 +250,17 @@ class EdgePass:
             heads = [s for s in self.used if graph.senders[s][1:3] == ("head", layer)]
             if heads:
                 found.append(_Visit(f"{layer}.z", self._send_heads(layer, heads)))
-            mlp = self._columns(layer, ("mlp",))
-            if mlp:
-                if block.mlp_norm is not None:
-                    found.append(_Visit(f"{layer}.resid_pre", self._remember(f"{layer}.resid_pre")))
-                found.append(_Visit(block.mlp_site, self._mlp(layer, mlp)))
+            for column in self._columns(layer, ("mlp",)):
+                stream = f"{layer}.resid_pre" if block.mlp_norm is not None else ""
+                if stream:
+                    found.append(_Visit(stream, self._remember(stream)))
+                found.append(_Visit(block.mlp_site, self._one(column, stream, block.mlp_norm)))
             sender = [s for s in self.used if graph.senders[s][1:3] == ("mlp", layer)]
             if sender:
                 found.append(_Visit(f"{layer}.mlp_out", self._send_mlp(layer, sender[0])))
         last = len(graph.receivers) - 1
         if bool(self._touched[last]):
-            found.append(_Visit(f"{graph.n_layers - 1}.resid_post", lambda x: self._whole([last], x)))
+            found.append(_Visit(f"{graph.n_layers - 1}.resid_post", self._one(last)))
         return found
 
     def _columns(self, layer: int, kinds: Sequence[str]) -> list[int]:
@@ -304,36 +312,39 @@ class EdgePass:
 
     # -- receivers ----------------------------------------------------------------------------------------------
 
-    def _inputs(self, columns: Sequence[int], x: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Receivers of one place with the input that they read; those that lost the same edges share one."""
+    def _inputs(self, columns: Sequence[int], x: Tensor) -> Iterator[_Input]:
+        """What the receivers of one place read; those that lost the same edges in every circuit share one input."""
         before = self.model.graph.allowed[self.used, columns[0]]
         known = int(before.sum())  # the used senders before this place: all of them have written
         removed = self.removed[:, self.used[:known]][:, :, list(columns)]
         distinct, which = removed.permute(2, 0, 1).unique(dim=0, return_inverse=True)
+        members = [[columns[i] for i in (which == j).nonzero().flatten().tolist()] for j in range(len(distinct))]
         assert self._buffer is not None
-        circuits = len(removed)
-        differences = self._buffer[:, :known].flatten(2)
-        step = max(1, self.max_bytes // (x.numel() * x.element_size()))
-        for begin in range(0, len(distinct), step):
-            weights = distinct[begin : begin + step].transpose(0, 1).to(x)  # [circuit, distinct, sender]
-            shift = torch.bmm(weights, differences)
-            for j in range(shift.shape[1]):
-                members = [columns[i] for i in (which == begin + j).nonzero().flatten().tolist()]
-                yield members, x + shift[:, j].reshape(circuits * self.rows, *x.shape[1:])
-
-    def _whole(self, columns: Sequence[int], x: Tensor) -> Tensor:
-        return next(self._inputs(columns, x))[1]
+        differences, streams = self._buffer[:, :known].flatten(2), x.unflatten(0, (len(removed), self.rows))
+        everywhere = distinct.any(2).all(1)
+        whole = everywhere.nonzero().flatten()
+        for part in whole.split(max(1, self.max_bytes // (x.numel() * x.element_size()))):
+            shift = torch.bmm(distinct[part].transpose(0, 1).to(x), differences)  # [circuit distinct n]
+            for at, j in enumerate(part.tolist()):
+                yield _Input(None, members[j], x + shift[:, at].reshape(x.shape))
+        for j in (~everywhere).nonzero().flatten().tolist():
+            # Circuits that remove nothing here, and senders that keep everything, cost nothing.
+            on, senders = (distinct[j].any(axis).nonzero().flatten().to(x.device) for axis in (1, 0))
+            weights = distinct[j].to(x)[on][:, senders, None]
+            shift = (weights * differences[on[:, None], senders]).sum(1)
+            stream = streams.index_select(0, on)
+            yield _Input(on, members[j], (stream + shift.reshape(stream.shape)).flatten(0, 1))
 
     def _attention(self, layer: int, columns: list[int]) -> Callable[[Tensor], Tensor]:
         block, nodes = self.model.blocks[layer], self.model.graph.receivers
 
         def visit(x: Tensor) -> Tensor:
-            for members, stream in self._inputs(columns, x):
-                read = _normed(block.norm, stream)
+            for one in self._inputs(columns, x):
+                read = _normed(block.norm, one.stream)
                 for kind in _KINDS:
-                    heads = [nodes[c].head for c in members if nodes[c].kind == kind]
+                    heads = [nodes[c].head for c in one.receivers if nodes[c].kind == kind]
                     if heads:
-                        new = (heads, block.project(kind, heads, read))
+                        new = (one.circuits, heads, block.project(kind, heads, read))
                         self._heads.setdefault(f"{layer}.{kind}", []).append(new)
             return x
 
@@ -342,8 +353,14 @@ class EdgePass:
     def _put(self, site: str) -> Callable[[Tensor], Tensor]:
         def visit(x: Tensor) -> Tensor:
             new = x.clone()
-            for heads, values in self._heads.pop(site):
-                new[:, :, heads] = values.to(x.dtype)
+            rows = new.unflatten(0, (len(self.removed), self.rows))
+            for circuits, heads, values in self._heads.pop(site):
+                for at, head in enumerate(heads):
+                    value = values[:, :, at].to(x.dtype)
+                    if circuits is None:
+                        new[:, :, head] = value
+                    else:
+                        rows[circuits, :, :, head] = value.unflatten(0, (len(circuits), self.rows))
             return new
 
         return visit
@@ -355,14 +372,17 @@ class EdgePass:
 
         return visit
 
-    def _mlp(self, layer: int, columns: list[int]) -> Callable[[Tensor], Tensor]:
-        norm = self.model.blocks[layer].mlp_norm
+    def _one(self, column: int, site: str = "", norm: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
+        """Replace what the only receiver of a place reads: the stream itself, or what a norm makes of it."""
 
         def visit(x: Tensor) -> Tensor:
-            if norm is None:
-                return self._whole(columns, x)
-            stream = self._streams.pop(f"{layer}.resid_pre")
-            return _normed(norm, self._whole(columns, stream)).to(x.dtype)
+            (one,) = self._inputs([column], self._streams.pop(site) if site else x)
+            value = _normed(norm, one.stream).to(x.dtype)
+            if one.circuits is None:
+                return value
+            new = x.clone()
+            new.unflatten(0, (len(self.removed), self.rows))[one.circuits] = value.unflatten(0, (-1, self.rows))
+            return new
 
         return visit
 
