@@ -18,7 +18,7 @@ from interp.core.errors import DataError, ShapeError
 from interp.patching.circuit import Circuit
 from interp.patching.graph import Graph
 
-__all__ = ["edge_order", "edges_above", "greedy_edges", "random_edges", "random_like", "top_edges", "top_nodes"]
+__all__ = ["counts_of", "edge_order", "edges_above", "greedy_edges", "random_edges", "random_like", "top_edges", "top_nodes"]
 
 
 def edge_order(
