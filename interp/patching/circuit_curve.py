@@ -23,7 +23,7 @@ from interp.data.pairs import PromptPairs
 from interp.patching.circuit import Circuit
 from interp.patching.evaluate_circuit import CircuitRuns, EdgeAblation
 from interp.patching.faithfulness import baselines, faithfulness, faithfulness_bounds, gap_is_clear, provenance_of
-from interp.patching.select_edges import counts_of, random_edges, top_edges
+from interp.patching.select_edges import counts_of, random_edges, random_like, top_edges
 
 if TYPE_CHECKING:
     import pandas
@@ -52,6 +52,7 @@ class CircuitCurve(Result):
         values: the metric, per pair.
         random: that of as many edges drawn at random, per seed.
         random_kept: edges of those that are left after pruning.
+        exchanged: that of the absolute ranking's circuits with the heads of each layer exchanged at random, per seed.
         clean: the metric of the whole model.
         empty: the metric without an edge.
         n_graph: edges of the whole model.
@@ -66,6 +67,7 @@ class CircuitCurve(Result):
     values: Float[Tensor, "ranking size pair"]
     random: Float[Tensor, "seed size pair"]
     random_kept: Int[Tensor, "seed size"]
+    exchanged: Float[Tensor, "seed size pair"]
     clean: Float[Tensor, " pair"]
     empty: Float[Tensor, " pair"]
     n_graph: int
@@ -79,8 +81,13 @@ class CircuitCurve(Result):
 
     @property
     def random_faithfulness(self) -> Float[Tensor, "seed size"]:
-        """The same of the random circuits."""
+        """The same of as many random edges."""
         return faithfulness(self.random, self.clean, self.empty)
+
+    @property
+    def exchanged_faithfulness(self) -> Float[Tensor, "seed size"]:
+        """The same of the circuits whose heads were exchanged."""
+        return faithfulness(self.exchanged, self.clean, self.empty)
 
     def cpr(self, ranking: str = "signed", *, over: str = "nominal") -> float:
         """Return ∫ f dk; higher is better, and above 1 where edges that hurt are left out.
@@ -106,15 +113,18 @@ class CircuitCurve(Result):
         return self.fractions[int(reached[0])] if len(reached) else math.nan
 
     def areas(self) -> dict[str, dict[str, float]]:
-        """Return every area by ranking, and those of the mean random circuit."""
+        """Return every area by ranking, and the mean areas of random edges and of exchanged heads."""
         found: dict[str, dict[str, float]] = {}
         for name in self.rankings:
             parts = {f"cpr_{over}": self.cpr(name, over=over) for over in ("nominal", "kept", "log")}
             parts |= {f"cmd_{over}": self.cmd(name, over=over) for over in ("nominal", "kept", "log")}
             found[name] = {**parts, "smallest": self.smallest(name)}
-        if len(self.random):
-            f, share = self.random_faithfulness.mean(0), torch.tensor(self.fractions, dtype=torch.float64)
-            found["random"] = {"cpr_nominal": curve_area(share, f), "cmd_nominal": curve_area(share, (1 - f).abs())}
+        share = torch.tensor(self.fractions, dtype=torch.float64)
+        for name, f in (("random", self.random_faithfulness), ("exchanged", self.exchanged_faithfulness)):
+            if len(f):
+                areas = [(curve_area(share, one), curve_area(share, (1 - one).abs())) for one in f]
+                cpr, cmd = (sum(part) / len(areas) for part in zip(*areas, strict=True))
+                found[name] = {"cpr_nominal": cpr, "cmd_nominal": cmd}
         return found
 
     def _row(self, ranking: str) -> int:
@@ -135,8 +145,10 @@ class CircuitCurve(Result):
         import pandas as pd
 
         rows = []
-        rankings = [*self.rankings, *(f"random {i}" for i in range(len(self.random)))]
-        values, kept = torch.cat([self.values, self.random]), torch.cat([self.kept, self.random_kept])
+        nulls = [f"{what} {i}" for what in ("random", "exchanged") for i in range(len(self.random))]
+        rankings = [*self.rankings, *nulls]
+        values = torch.cat([self.values, self.random, self.exchanged])
+        kept = torch.cat([self.kept, self.random_kept, self.kept[:1].expand(len(self.exchanged), -1)])
         low, high = faithfulness_bounds(values, self.clean, self.empty)
         f = faithfulness(values, self.clean, self.empty)
         for r, name in enumerate(rankings):
@@ -159,9 +171,11 @@ class CircuitCurve(Result):
             else:
                 mean = self.values[r].double().mean(-1)
                 lines[name] = (mean, mean, mean)
-        if len(self.random):
-            f = self.random_faithfulness if clear else self.random.double().mean(-1)
-            lines[f"random, {len(f)} seeds"] = (f.mean(0), f.min(0).values, f.max(0).values)
+        nulls = {"random edges": self.random, "heads exchanged in each layer": self.exchanged}
+        for name, values in nulls.items():
+            if len(values):
+                f = faithfulness(values, self.clean, self.empty) if clear else values.double().mean(-1)
+                lines[f"{name}, {len(f)} seeds"] = (f.mean(0), f.min(0).values, f.max(0).values)
         ends = (1.0, 0.0) if clear else (float(self.clean.mean()), float(self.empty.mean()))
         return size_curve(
             lines,
@@ -210,7 +224,7 @@ def circuit_curve(
 ) -> CircuitCurve:
     """Return the faithfulness of the best-scored edges at each share of the graph, exactly.
 
-    Cost: (2 + n_random) · fractions forwards, fewer where circuits are equal, and 2.
+    Cost: 2 (1 + n_random) · fractions forwards, fewer where circuits are equal, and 2.
 
     Args:
         hm: the model.
@@ -219,7 +233,8 @@ def circuit_curve(
         fractions: shares of the graph's edges, rising.
         metric: a name that `PairTokens.metric` knows, or a `Metric`.
         ablation: what removed edges carry.
-        n_random: how many random rankings are the baseline.
+        n_random: how many random circuits of each kind are the null at each size: as many edges drawn at random, and
+            the absolute ranking's own circuit with the heads of each layer exchanged.
         seed: of the first of them.
 
     Raises:
@@ -232,6 +247,7 @@ def circuit_curve(
         [top_edges(runs.graph, scores, n, absolute=name == "absolute") for n in counts] for name in RANKINGS
     ]
     chosen += [[random_edges(runs.graph, n, seed=seed + i).pruned() for n in counts] for i in range(n_random)]
+    chosen += [[random_like(c, seed=seed + i) for c in chosen[0]] for i in range(n_random)]
     flat: dict[Circuit, int] = {}
     for one in (c for row in chosen for c in row):
         flat.setdefault(one, len(flat))
@@ -246,8 +262,9 @@ def circuit_curve(
         n_edges=counts,
         kept=kept[:n],
         values=values[:n],
-        random=values[n:],
-        random_kept=kept[n:],
+        random=values[n : n + n_random],
+        random_kept=kept[n : n + n_random],
+        exchanged=values[n + n_random :],
         clean=runs.clean,
         empty=runs.empty,
         n_graph=runs.graph.n_edges,
