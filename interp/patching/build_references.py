@@ -188,9 +188,7 @@ def _greater_than() -> dict[str, Any]:
     )
 
 
-def _greater_than_edges(
-    early: Sequence[str], middle: Sequence[str], first: range, late: range
-) -> Iterator[str]:
+def _greater_than_edges(early: Sequence[str], middle: Sequence[str], first: range, late: range) -> Iterator[str]:
     for head in early:
         yield from _into("input", head, "qkv")
     yield from (f"input->m{i}" for i in first)

@@ -196,9 +196,7 @@ class CircuitCurve(Result):
         return "\n".join(lines)
 
 
-def curve_area(
-    share: Float[Tensor, " size"], values: Float[Tensor, " size"], *, log: bool = False
-) -> float:
+def curve_area(share: Float[Tensor, " size"], values: Float[Tensor, " size"], *, log: bool = False) -> float:
     """Return the area under a curve by the trapezoid rule, from its first to its last place.
 
     Args:
@@ -243,9 +241,7 @@ def circuit_curve(
     """
     runs = CircuitRuns(hm, pairs, metric=metric, ablation=ablation)
     counts = counts_of(runs.graph, fractions)
-    chosen = [
-        [top_edges(runs.graph, scores, n, absolute=name == "absolute") for n in counts] for name in RANKINGS
-    ]
+    chosen = [[top_edges(runs.graph, scores, n, absolute=name == "absolute") for n in counts] for name in RANKINGS]
     chosen += [[random_edges(runs.graph, n, seed=seed + i).pruned() for n in counts] for i in range(n_random)]
     chosen += [[random_like(c, seed=seed + i) for c in chosen[0]] for i in range(n_random)]
     flat: dict[Circuit, int] = {}

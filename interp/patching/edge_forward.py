@@ -7,8 +7,8 @@ reads
 
 over the senders u before v. The stream itself is left alone: it holds a_u, biases and all, so b_O (and whatever else
 no sender owns) always stays. Each input then goes through the model's own norm module and the head's own weights, and
-is written at `q`, `k`, `v`, before q/k-norm and rotary, which stay the model's own; an MLP's is written before its norm,
-that of the logits onto the stream that leaves the last block. Receivers from which nothing is removed are not touched.
+is written at `q`, `k`, `v`, before q/k-norm and rotary, which stay the model's own; an MLP's is written before its
+norm, that of the logits onto the stream that leaves the last block. Receivers that lose no edge are not touched.
 
 What a head writes is z_h W_O^h, times the family's residual multiplier. Where a norm follows the sum of the heads
 (Gemma 2, OLMo 2), it is the head's share of the norm's output: its own centred vector, divided by the σ of that
@@ -172,7 +172,9 @@ class EdgeModel:
             ModelError: q, k, v or what attention writes come out otherwise in the model.
         """
         n, first = int(tokens.lengths[0]), tokens.ids[:1][tokens.mask[:1]][None]
-        sites = [f"{layer}.{kind}" for layer in range(len(self.blocks)) for kind in ("resid_pre", *_KINDS, "z", "attn_out")]
+        sites = [
+            f"{layer}.{kind}" for layer in range(len(self.blocks)) for kind in ("resid_pre", *_KINDS, "z", "attn_out")
+        ]
         sites += [block.mlp_site for block in self.blocks if block.mlp_norm is not None and block.mlp_site]
         with torch.no_grad():
             out = self.hm.run(first[:, :n], read=sites)
@@ -238,7 +240,8 @@ class EdgePass:
 
     def edits(self) -> list[Intervention]:
         """Return the edits of this forward; use them for one run of (circuits · rows) rows."""
-        graph, found = self.model.graph, []
+        graph = self.model.graph
+        found: list[Intervention] = []
         for layer, block in enumerate(self.model.blocks):
             columns = self._columns(layer, _KINDS)
             if layer == 0 and 0 in self.used:
@@ -301,10 +304,9 @@ class EdgePass:
 
         def visit(z: Tensor) -> Tensor:
             made, other = self.carries.get(f"{layer}.heads"), self.carries.get(f"{layer}.z")
+            theirs = None if other is None else block.sends(heads, other.to(z))
             if made is not None:
                 theirs = made.movedim(2, 0)[heads]
-            else:
-                theirs = None if other is None else block.sends(heads, other.to(z))
             self._keep(senders, block.sends(heads, z), theirs)
             return z
 

@@ -224,9 +224,7 @@ def evaluate_circuits(
 def provenance_of(runs: CircuitRuns, settings: dict[str, object], *, seed: int | None = None) -> Provenance:
     """Return where a measurement of circuits came from."""
     said = {"pairs": runs.pairs.name, "metric": runs.metric.name, "ablation": runs.ablation.kind, **settings}
-    return Provenance.of(
-        runs.hm, settings=said, data=(runs.pairs.clean.ids, runs.pairs.corrupted.ids), seed=seed
-    )
+    return Provenance.of(runs.hm, settings=said, data=(runs.pairs.clean.ids, runs.pairs.corrupted.ids), seed=seed)
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -295,7 +293,9 @@ class Completeness(Result):
         """Give what the rest of the model can do, and how far circuit and model part."""
         worst = self.incompleteness
         lines = [baselines(self.metric, self.ablation, self.clean, self.empty)]
-        lines.append(f"model without the circuit: faithfulness {self.rest_faithfulness:.3f} (0 where nothing is missing)")
+        lines.append(
+            f"model without the circuit: faithfulness {self.rest_faithfulness:.3f} (0 where nothing is missing)"
+        )
         if len(worst):
             at = int(worst.nan_to_num(-1.0).argmax())
             lines.append(

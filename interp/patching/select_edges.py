@@ -18,7 +18,16 @@ from interp.core.errors import DataError, ShapeError
 from interp.patching.circuit import Circuit
 from interp.patching.graph import Graph
 
-__all__ = ["counts_of", "edge_order", "edges_above", "greedy_edges", "random_edges", "random_like", "top_edges", "top_nodes"]
+__all__ = [
+    "counts_of",
+    "edge_order",
+    "edges_above",
+    "greedy_edges",
+    "random_edges",
+    "random_like",
+    "top_edges",
+    "top_nodes",
+]
 
 
 def edge_order(
@@ -205,8 +214,6 @@ def _enough(n: int, known: int, what: str = "edges") -> None:
         raise DataError(f"{n!r} {what} of {known} that have a score: expected a whole number from 0 to {known}")
 
 
-def _made(
-    graph: Graph, edges: Bool[Tensor, "sender receiver"], scores: Tensor, name: str, prune: bool
-) -> Circuit:
+def _made(graph: Graph, edges: Bool[Tensor, "sender receiver"], scores: Tensor, name: str, prune: bool) -> Circuit:
     made = Circuit(graph, edges, name, scores=scores.detach().cpu().float())
     return made.pruned() if prune else made

@@ -28,7 +28,21 @@ BY_HAND = 5e-5  # loops round otherwise than the model's kernels do; logits are 
 
 # Fused and plain projections, grouped queries, parallel blocks with one norm and with two, norms after the heads,
 # q/k-norms, residual multipliers, soft-caps, mixtures, MLPs that see batch and positions as one axis.
-DEFAULT = ("GPT2", "GPTJ", "GPTNeoX", "OPT", "Bloom", "FalconNew", "Llama", "Qwen3", "Gemma2", "Olmo2", "Granite", "Phi3")
+DEFAULT = (
+    "GPT2",
+    "GPTJ",
+    "GPTNeoX",
+    "OPT",
+    "Bloom",
+    "FalconNew",
+    "Llama",
+    "Qwen3",
+    "Gemma2",
+    "Olmo2",
+    "Granite",
+    "Phi3",
+)
+MIXTURES = ("Mixtral", "Qwen2Moe", "GptOss")  # what a row gets rounds with the number of rows
 SANDWICH = ("Gemma2", "Gemma3", "Gemma3Multimodal", "Olmo2")
 families = pytest.mark.parametrize(
     "name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
@@ -92,7 +106,8 @@ def test_no_edge_is_the_other_run_and_every_edge_the_clean_one(name: str) -> Non
 def test_every_edge_into_a_receiver_is_that_receiver_from_the_other_run(name: str) -> None:
     hm, graph, carried = manager(name), parts(name).graph, other(name)
     last = hm.n_layers - 1
-    cases = [(f"a{last}.h1<{kind}>", f"{last}.{kind}", Where(head=1)) for kind in ("q", "k", "v")]
+    heads = {"q": 1, "k": hm.n_kv_heads - 1, "v": hm.n_kv_heads - 1}
+    cases = [(f"a{last}.h{h}<{kind}>", f"{last}.{kind}", Where(head=h)) for kind, h in heads.items()]
     cases += [("a0.h0<v>", "0.v", Where(head=0)), (f"m{last}", f"{last}.mlp_out", Where())]
     found = logits(name, torch.stack([into(graph, receiver) for receiver, _, _ in cases]))
     for one, (receiver, site, where) in zip(found, cases, strict=True):
@@ -112,10 +127,10 @@ def test_every_edge_out_of_a_node_is_that_node_patched(name: str) -> None:
     found = logits(name, torch.stack([out_of(graph, sender) for sender, _, _ in cases]))
     for one, (sender, site, where) in zip(found, cases, strict=True):
         wanted = hm.run(tokens(ROWS, WIDTH), write=[Replace(site, carried[site], where=where)]).logits
-        assert off(one, wanted) < TOLERANCE, sender
+        assert off(one, wanted) < (3 if name in MIXTURES else 1) * TOLERANCE, sender
 
 
-# -- an independent oracle: loops over heads ----------------------------------------------------------------------------
+# -- an independent oracle: loops over heads --------------------------------------------------------------------------
 
 Wrote = dict[str, Tensor]
 Removed = set[tuple[str, str]]
@@ -161,11 +176,11 @@ class Loops:
 
 
 class GPT2Loops(Loops):
-    def embed(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def embed(self, ids: Tensor) -> Tensor:
         t = self.model.transformer
         return t.wte(ids) + t.wpe(torch.arange(ids.shape[1]))
 
-    def head(self, layer: int, h: int, read: Callable[[str], Tensor]) -> Tensor:  # type: ignore[override]
+    def head(self, layer: int, h: int, read: Callable[[str], Tensor]) -> Tensor:
         block = self.model.transformer.h[layer]
         d, w = self.config.n_embd, self.config.n_embd // self.config.n_head
         made = []
@@ -175,22 +190,22 @@ class GPT2Loops(Loops):
             made.append(x @ block.attn.c_attn.weight[:, columns] + block.attn.c_attn.bias[columns])
         return self.attend(*made) @ block.attn.c_proj.weight[h * w : (h + 1) * w]
 
-    def bias(self, layer: int) -> Tensor:  # type: ignore[override]
+    def bias(self, layer: int) -> Tensor:
         return self.model.transformer.h[layer].attn.c_proj.bias
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:  # type: ignore[override]
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.model.transformer.h[layer]
         return block.mlp(block.ln_2(x))
 
-    def unembed(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def unembed(self, x: Tensor) -> Tensor:
         return self.model.lm_head(self.model.transformer.ln_f(x))
 
 
 class LlamaLoops(Loops):
-    def embed(self, ids: Tensor) -> Tensor:  # type: ignore[override]
+    def embed(self, ids: Tensor) -> Tensor:
         return self.model.model.embed_tokens(ids)
 
-    def head(self, layer: int, h: int, read: Callable[[str], Tensor]) -> Tensor:  # type: ignore[override]
+    def head(self, layer: int, h: int, read: Callable[[str], Tensor]) -> Tensor:
         block, c = self.model.model.layers[layer], self.config
         w, attn = c.hidden_size // c.num_attention_heads, block.self_attn
         group = h // (c.num_attention_heads // c.num_key_value_heads)
@@ -209,14 +224,14 @@ class LlamaLoops(Loops):
         z = torch.complex(x[..., :half], x[..., half:]) * turn
         return torch.cat([z.real, z.imag], -1)
 
-    def bias(self, layer: int) -> Tensor:  # type: ignore[override]
+    def bias(self, layer: int) -> Tensor:
         return torch.zeros(())
 
-    def mlp(self, layer: int, x: Tensor) -> Tensor:  # type: ignore[override]
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
         block = self.model.model.layers[layer]
         return block.mlp(block.post_attention_layernorm(x))
 
-    def unembed(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def unembed(self, x: Tensor) -> Tensor:
         return self.model.lm_head(self.model.model.norm(x))
 
 
@@ -256,7 +271,7 @@ def test_any_set_of_removed_edges_is_what_the_loops_make_of_it(name: str, share:
             assert off(one, loops.run(tokens(ROWS, WIDTH), carried, cut)[0]) < BY_HAND
 
 
-# -- runs over pairs ------------------------------------------------------------------------------------------------------
+# -- runs over pairs --------------------------------------------------------------------------------------------------
 
 
 def pairs(name: str, rows: int = 4) -> PairTokens:
@@ -295,14 +310,16 @@ def test_the_ends_are_the_clean_and_the_corrupted_run() -> None:
 def test_pads_change_nothing(name: str) -> None:
     hm = manager(name)
     clean, corrupted = tokens(2, 10), tokens(2, 10, seed=1)
-    alone = [PairTokens.of_ids(c[:1, :6], x[:1, :6], torch.tensor([5]), torch.tensor([7])) for c, x in ((clean, corrupted),)]
+    alone = [
+        PairTokens.of_ids(c[:1, :6], x[:1, :6], torch.tensor([5]), torch.tensor([7])) for c, x in ((clean, corrupted),)
+    ]
     for ablation in ("patching", "zero", "mean_positional"):
         wanted = CircuitRuns(hm, alone[0], ablation=ablation)
         circuits = some_circuits(wanted.graph, 3)
         values = wanted.values(circuits)[:, 0]
         for (_, a, mask), (_, b, _) in zip(paddings(clean), paddings(corrupted), strict=True):
-            sides = [Tokens(ids, mask) for ids in (a, b)]
-            padded = PairTokens.of_ids(*sides, torch.tensor([5, 5]), torch.tensor([7, 7]))
+            both = torch.tensor([5, 5]), torch.tensor([7, 7])
+            padded = PairTokens.of_ids(Tokens(a, mask), Tokens(b, mask), *both)
             found = CircuitRuns(hm, padded, ablation=ablation).values(circuits)[:, 0]
             if ablation != "mean_positional":  # there the other row has a part in the mean
                 assert off(found, values) < 1e-4
@@ -316,7 +333,10 @@ def test_means_are_by_template_and_position() -> None:
     runs = CircuitRuns(hm, made, ablation="mean")
     carried = runs._carries(made.clean, made.corrupted, range(6))
     z = hm.run(made.corrupted, read=["1.z"])["1.z"]
-    assert off(carried["1.z"][0], z[[0, 2, 4]].mean(0)) < TOLERANCE and off(carried["1.z"][3], z[[1, 3, 5]].mean(0)) < TOLERANCE
+    assert (
+        off(carried["1.z"][0], z[[0, 2, 4]].mean(0)) < TOLERANCE
+        and off(carried["1.z"][3], z[[1, 3, 5]].mean(0)) < TOLERANCE
+    )
     flat = CircuitRuns(hm, made, ablation="mean_positional")._carries(made.clean, made.corrupted, range(6))
     assert off(flat["1.z"][1], z.mean(0)) < TOLERANCE
     # One prompt per template is its own mean: patching.
@@ -403,7 +423,11 @@ def test_what_cannot_be_is_refused_with_the_reason() -> None:
     with pytest.raises(DataError, match=r"pair 3 differ in length, 8 and 5"):
         CircuitRuns(hm, uneven)
     with pytest.raises(DataError, match="no corrupted prompt"):
-        runs = CircuitRuns(hm, PairTokens.of_ids(held.clean, held.corrupted.ids[:, :5], torch.arange(1, 5), torch.arange(11, 15)), ablation="mean_positional")
+        runs = CircuitRuns(
+            hm,
+            PairTokens.of_ids(held.clean, held.corrupted.ids[:, :5], torch.arange(1, 5), torch.arange(11, 15)),
+            ablation="mean_positional",
+        )
         runs.values(some_circuits(runs.graph, 1))
 
 

@@ -51,7 +51,8 @@ def scored(graph: Graph, seed: int = 0) -> Tensor:
 
 def paths(graph: Graph, edges: Tensor) -> set[tuple[int, int]]:
     """The edges of every path from the input to the logits, walked one by one."""
-    last, found = len(graph.receivers) - 1, set()
+    last = len(graph.receivers) - 1
+    found: set[tuple[int, int]] = set()
 
     def walk(sender: int, trail: tuple[tuple[int, int], ...]) -> None:
         for receiver in edges[sender].nonzero().flatten().tolist():
@@ -94,10 +95,10 @@ def test_the_whole_model_has_no_dead_end_and_the_empty_circuit_no_node() -> None
 def test_circuits_are_sets_of_edges() -> None:
     graph = GRAPHS["plain"]
     a, b = Circuit(graph, drawn(graph, 0.4, 0), "a"), Circuit(graph, drawn(graph, 0.4, 1), "b")
-    sets = {"|": set.union, "&": set.intersection, "-": set.difference, "^": set.symmetric_difference}
-    made = {"|": a | b, "&": a & b, "-": a - b, "^": a ^ b}
-    for sign, how in sets.items():
-        assert set(made[sign].names()) == how(set(a.names()), set(b.names()))
+    ours, theirs = set(a.names()), set(b.names())
+    sets = ((a | b, ours | theirs), (a & b, ours & theirs), (a - b, ours - theirs), (a ^ b, ours ^ theirs))
+    for made, wanted in sets:
+        assert set(made.names()) == wanted
     assert (~a).n_edges + a.n_edges == graph.n_edges and not (~a & a).n_edges
     assert a <= (a | b) and not (a | b) <= a
     assert len({a, Circuit(graph, a.edges.clone(), "another name"), b}) == 2
@@ -137,7 +138,7 @@ def test_what_is_no_circuit_is_refused() -> None:
         Circuit.of(graph, ["m2->m0"])
 
 
-# -- selection ----------------------------------------------------------------------------------------------------------
+# -- selection --------------------------------------------------------------------------------------------------------
 
 
 @each_graph
@@ -198,7 +199,7 @@ def test_random_edges_are_nested_and_of_the_size_asked_for() -> None:
     small, large = random_edges(graph, 5, seed=1), random_edges(graph, 50, seed=1)
     assert (small.n_edges, large.n_edges) == (5, 50) and small <= large
     assert random_edges(graph, 5, seed=2) != small and random_edges(graph, 5, seed=1) == small
-    counts = sum(random_edges(graph, 10, seed=s).edges.double() for s in range(400))
+    counts = torch.stack([random_edges(graph, 10, seed=s).edges.double() for s in range(400)]).sum(0)
     assert float(counts[graph.allowed].min()) > 0, "every edge can be drawn"
 
 
@@ -215,7 +216,7 @@ def test_exchanged_heads_keep_every_count_by_layer_and_kind(graph: Graph) -> Non
     assert all(len(t.pruned().nodes) == len(circuit.pruned().nodes) for t in twins), "exchanging renames, no more"
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 @each_graph
@@ -231,7 +232,8 @@ def test_a_saved_circuit_comes_back(graph: Graph, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="overwrite"):
         circuit.save(path)
     record = json.loads(path.read_text())
-    for damage in ({"format": 9}, {"kind": "x"}, {"edges": ["m9->m1"]}, {"graph": {}}, {"scores": [1.0]}):
+    damaged: list[dict[str, object]] = [{"format": 9}, {"kind": "x"}, {"edges": ["m9->m1"]}, {"graph": {}}, {"scores": [1.0]}]
+    for damage in damaged:
         path.write_text(json.dumps({**record, **damage}))
         with pytest.raises(ArtifactError):
             Circuit.load(path)
@@ -293,7 +295,7 @@ def test_the_table_has_a_row_per_edge() -> None:
     assert not len(Circuit.empty(graph).to_frame())
 
 
-# -- published circuits ---------------------------------------------------------------------------------------------------
+# -- published circuits -----------------------------------------------------------------------------------------------
 
 
 def test_the_files_of_published_circuits_are_made_of_the_facts(tmp_path: Path) -> None:
@@ -325,7 +327,7 @@ def test_an_unknown_circuit_or_role_is_named() -> None:
         reference_circuit("ioi-gpt2").role("name_movers")
 
 
-# -- comparison -----------------------------------------------------------------------------------------------------------
+# -- comparison -------------------------------------------------------------------------------------------------------
 
 
 def test_auroc_is_the_chance_of_a_true_item_above_a_false_one() -> None:
@@ -372,7 +374,7 @@ def test_heads_alone_can_be_compared() -> None:
         compare(authors, authors, among=heads[:, None] & ~authors.graph.allowed)
 
 
-# -- figures of merit -----------------------------------------------------------------------------------------------------
+# -- figures of merit -------------------------------------------------------------------------------------------------
 
 
 def test_the_area_of_a_curve_in_closed_form() -> None:
