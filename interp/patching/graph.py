@@ -142,6 +142,14 @@ class Graph:
         names = [f"a{node.layer}.h{node.head if kind == 'q' else group}<{kind}>" for kind in _QKV]
         return torch.tensor([self.receiver(name) for name in names])
 
+    @cached_property
+    def feeds(self) -> Bool[Tensor, "receiver sender"]:
+        """True where a sender computes its output from what a receiver reads; a key head feeds its whole group."""
+        found = torch.zeros(len(self.receivers), len(self.senders), dtype=torch.bool)
+        for row in range(len(self.senders)):
+            found[self.inputs_of(row), row] = True
+        return found
+
     # -- edges --------------------------------------------------------------------------------------------------
 
     @cached_property
