@@ -186,6 +186,7 @@ def _check(hm: "HookManager", layer: int, what: str, ours: Tensor, theirs: Tenso
     wide = hm.dtype in (torch.float32, torch.float64)
     if not off <= (_OFF if wide else 5e-2) * size:
         raise ModelError(
-            f"{what} of block {layer} of {hm.map.family} is not what frozen norms and patterns give (off by {off:.1e}): "
-            "something else stands in between, so that attributions would not add up; this family is not supported"
+            f"{what} of block {layer} of {hm.map.family} is not what frozen norms and patterns give (off by "
+            f"{off:.1e}): something else stands in between, so that attributions would not add up; this family is not "
+            "supported"
         )

@@ -2,9 +2,9 @@
 
     stream → norm (σ fixed) → values → pattern (fixed) → W_O → stream
 
-With a transcoder at an MLP, what that writes is Σ latent · W_dec[latent] + b_dec (+ its skip path) + an error that makes
-up the difference, and a latent that is active is a linear function of the stream again. All of it is written out here
-by formula, forwards and backwards, from the weights: no gradient is taken, so that none needs a graph in memory.
+With a transcoder at an MLP, what that writes is Σ latent · W_dec[latent] + b_dec (+ its skip path) + an error that
+makes up the difference, and a latent that is active is a linear function of the stream again. All of it is written out
+here by formula, forwards and backwards, from the weights: no gradient is taken, so that no graph is kept in memory.
 
 Source: Dunefsky, Chlenski and Nanda (2024), arXiv 2406.11944, §4 and appendix D; Ameisen et al. (2025), "Circuit
 Tracing", for errors as nodes. Departure: σ and patterns are those of the model itself, and each layer's formula is
@@ -25,7 +25,7 @@ from interp.dictionaries.base import Transcoder
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["FrozenAttention", "FrozenModel", "FrozenNorm", "FrozenTranscoder"]
+__all__ = ["FrozenAttention", "FrozenModel", "FrozenNorm", "FrozenTranscoder", "read_back", "write_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +162,8 @@ class FrozenTranscoder:
 
     def reads(self, latent: Int[Tensor, " n"], pos: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
         """Return what latents read of the stream at some positions: encoder directions through space and norm."""
-        rows = self.transcoder.W_enc.detach().index_select(1, latent).T.to(self.x)
-        return self._to_stream(_fixed_back(self.transcoder, rows), pos)
+        rows = read_back(self.transcoder, latent, self.x)
+        return rows if self.norm is None else self.norm.at(pos).back(rows)
 
     def constants(self, latent: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return what latents' pre-activations are of a stream of zeros: b_enc, and the norm's bias."""
@@ -174,7 +174,7 @@ class FrozenTranscoder:
 
     def writes(self, latent: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
         """Return what one unit of latents writes into the stream."""
-        return _unfixed_linear(self.transcoder, self.transcoder.W_dec.detach().index_select(0, latent).to(self.x))
+        return write_rows(self.transcoder, latent, self.x)
 
     @cached_property
     def bias(self) -> Float[Tensor, " d_model"]:
@@ -205,8 +205,27 @@ class FrozenTranscoder:
         first, last = torch.searchsorted(self.pos, torch.tensor([pos, pos + 1], device=self.pos.device)).tolist()
         return slice(first, last)
 
-    def _to_stream(self, rows: Tensor, pos: Tensor) -> Tensor:
-        return rows if self.norm is None else self.norm.at(pos).back(rows)
+
+def read_back(t: Transcoder, latent: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n d_model"]:
+    """Return what latents read of the model's own activation: W_enc through the transcoder's space.
+
+    Args:
+        t: the transcoder.
+        latent: which.
+        like: whose dtype and device are wanted.
+    """
+    return _fixed_back(t, t.W_enc.detach().index_select(1, latent).T.to(like))
+
+
+def write_rows(t: Transcoder, latent: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n d_model"]:
+    """Return what one unit of latents adds to the model's own activation: W_dec through the transcoder's space.
+
+    Args:
+        t: the transcoder.
+        latent: which.
+        like: whose dtype and device are wanted.
+    """
+    return _unfixed_linear(t, t.W_dec.detach().index_select(0, latent).to(like))
 
 
 def _fixed_back(t: Transcoder, v: Tensor) -> Tensor:
