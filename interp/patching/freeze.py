@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interp.core.errors import ConfigError, DataError, ModelError
+from interp.core.errors import ConfigError, DataError
 from interp.core.readout import Readout
 from interp.core.site import Site
 from interp.dictionaries.base import Transcoder
 from interp.dictionaries.processed import check_bound
-from interp.patching.frozen import FrozenAttention, FrozenModel, FrozenNorm, FrozenTranscoder
+from interp.patching.frozen import FrozenModel, FrozenNorm, FrozenTranscoder
+from interp.patching.frozen_parts import CLOSE, check_formula, frozen_attention, frozen_norm, wide
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["freeze"]
 
 _READS = ("mlp.in", "ln2.out", "ln2.normalized", "ln1.out", "ln1.normalized", "mlp_in", "resid_mid", "resid_pre")
-_OFF = 1e-3  # how far a layer's formula may be off what the model computed, relative to the largest value
 
 
 def freeze(hm: "HookManager", transcoders: Mapping[int, Transcoder], tokens: Any) -> FrozenModel:
@@ -92,16 +92,16 @@ def _needed(hm: "HookManager") -> list[Site]:
 def _assembled(
     hm: "HookManager", transcoders: Mapping[int, Transcoder], places: Mapping[int, Site], run: "Run"
 ) -> FrozenModel:
-    values = {site.short: _wide(run[site][0]) for site in run}
+    values = {site.short: wide(run[site][0]) for site in run}
     attention, outs, streams, held = [], [], [], {}
     for layer in range(hm.n_layers):
         pre = values[f"{layer}.resid_pre"]
-        attn = _attention(hm, layer, values)
+        attn = frozen_attention(hm, layer, values)
         mid = pre if hm.map.parallel else values.get(f"{layer}.resid_mid", pre)
         out = values.get(f"{layer}.mlp_out")
         after = pre + values.get(f"{layer}.attn_out", 0) + (0 if out is None else out)
         end = values.get(f"{layer + 1}.resid_pre", values[f"{hm.n_layers - 1}.resid_post"])
-        _check(hm, layer, "the stream after it", after, end)
+        check_formula(hm, layer, "the stream after it", after, end)
         attention.append(attn)
         outs.append(out)
         streams.append((pre, mid))
@@ -110,16 +110,12 @@ def _assembled(
                 raise ConfigError(f"transcoders has layer {layer}, and block {layer} has no MLP")
             held[layer] = _transcoder(hm, layer, transcoders[layer], places[layer], values, mid)
     resid = values[f"{hm.n_layers - 1}.resid_post"]
-    final = None if hm.map.module(hm.root, "ln_final") is None else _norm(hm, None, "ln_final", values)
+    final = None if hm.map.module(hm.root, "ln_final") is None else frozen_norm(hm, None, "ln_final", values)
     Readout.of(hm).check(run[f"{hm.n_layers - 1}.resid_post"], run.logits)
     assert run.tokens is not None
     return FrozenModel(
-        hm, run.tokens[0], _start(values), attention, outs, held, final, resid, streams, _wide(run.logits[0])
+        hm, run.tokens[0], _start(values), attention, outs, held, final, resid, streams, wide(run.logits[0])
     )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _start(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,28 +129,6 @@ def _start(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"embed": start}
 
 
-def _norm(hm: "HookManager", layer: int | None, part: str, values: Mapping[str, Tensor]) -> FrozenNorm:
-    weights, name = hm.weights.norm_weights(layer, part), part if layer is None else f"{layer}.{part}"
-    scale = values[f"{name}.scale"]
-    return FrozenNorm(scale, weights.gain.to(scale), weights.bias.to(scale), weights.kind == "LN")
-
-
-def _attention(hm: "HookManager", layer: int, values: Mapping[str, Tensor]) -> FrozenAttention | None:
-    out = values.get(f"{layer}.attn_out")
-    if out is None:
-        return None
-    if f"{layer}.pattern" not in values:
-        raise ModelError(f"block {layer} of {hm.map.family} has attention without a pattern, which cannot be frozen")
-    w, pattern = hm.weights[layer], values[f"{layer}.pattern"]
-    norm = _norm(hm, layer, "ln1", values) if f"{layer}.ln1.scale" in values else None
-    post = _norm(hm, layer, "ln1_post", values) if hm.map.attn_out == "ln1_post" else None
-    made = FrozenAttention(
-        norm, post, pattern, *(part.to(pattern) for part in (w.W_V, w.b_V, w.W_O, w.b_O)), hm.map.residual_multiplier
-    )
-    _check(hm, layer, "attention", made.forward(values[f"{layer}.resid_pre"]), out)
-    return made
-
-
 def _transcoder(
     hm: "HookManager", layer: int, t: Transcoder, place: Site, values: Mapping[str, Tensor], mid: Tensor
 ) -> FrozenTranscoder:
@@ -162,16 +136,16 @@ def _transcoder(
     kind, parallel = place.kind, hm.map.parallel
     part = "ln2" if f"{layer}.ln2.scale" in values else "ln1" if parallel and f"{layer}.ln1.scale" in values else None
     if kind not in ("mlp_in", "resid_mid", "resid_pre") and part is not None:
-        norm = _norm(hm, layer, part, values)
+        norm = frozen_norm(hm, layer, part, values)
         if kind.endswith(".normalized"):
             norm = FrozenNorm(norm.scale, torch.ones_like(norm.gain), torch.zeros_like(norm.bias), norm.centred)
-    _check(hm, layer, f"what goes into {place.short}", mid if norm is None else norm.linear(mid) + norm.bias, x)
-    latents = _wide(t.encode(x).detach())
-    pre = _wide(t.space.fixed(x) @ t.W_enc.to(x) + t.b_enc.to(x))
+    check_formula(hm, layer, f"what goes into {place.short}", mid if norm is None else norm.linear(mid) + norm.bias, x)
+    latents = wide(t.encode(x).detach())
+    pre = wide(t.space.fixed(x) @ t.W_enc.to(x) + t.b_enc.to(x))
     pos, latent = (latents != 0).nonzero().T
     value = latents[pos, latent]
     gap = (value - pre[pos, latent]).abs().max() if len(value) else value.new_zeros(())
-    if not bool(gap <= _OFF * value.abs().amax().clamp_min(1) if len(value) else True):
+    if not bool(gap <= CLOSE * value.abs().amax().clamp_min(1) if len(value) else True):
         raise ConfigError(
             f"active latents of {type(t).__name__} (layer {layer}) are not their pre-activations (off by "
             f"{float(gap):.1e}), so they are no linear function of what it reads; use a ReLU, TopK, BatchTopK or "
@@ -179,14 +153,3 @@ def _transcoder(
         )
     made = t.reconstructed(t.encode(x), x).detach().to(x)
     return FrozenTranscoder(t, norm, pos, latent, value, values[f"{layer}.mlp_out"] - made, x)
-
-
-def _check(hm: "HookManager", layer: int, what: str, ours: Tensor, theirs: Tensor) -> None:
-    off, size = float((ours - theirs).abs().max()), max(1.0, float(theirs.abs().max()))
-    wide = hm.dtype in (torch.float32, torch.float64)
-    if not off <= (_OFF if wide else 5e-2) * size:
-        raise ModelError(
-            f"{what} of block {layer} of {hm.map.family} is not what frozen norms and patterns give (off by "
-            f"{off:.1e}): something else stands in between, so that attributions would not add up; this family is not "
-            "supported"
-        )

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.dictionaries.base import Transcoder
+from interp.dictionaries.base import Dictionary, Transcoder
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -206,39 +206,39 @@ class FrozenTranscoder:
         return slice(first, last)
 
 
-def read_back(t: Transcoder, latent: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n d_model"]:
-    """Return what latents read of the model's own activation: W_enc through the transcoder's space.
+def read_back(t: Dictionary, latent: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n d_in"]:
+    """Return what latents read of the model's own activation: W_enc through the dictionary's space.
 
     Args:
-        t: the transcoder.
+        t: the dictionary.
         latent: which.
         like: whose dtype and device are wanted.
     """
     return _fixed_back(t, t.W_enc.detach().index_select(1, latent).T.to(like))
 
 
-def write_rows(t: Transcoder, latent: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n d_model"]:
-    """Return what one unit of latents adds to the model's own activation: W_dec through the transcoder's space.
+def write_rows(t: Dictionary, latent: Int[Tensor, " n"], like: Tensor) -> Float[Tensor, "n d_out"]:
+    """Return what one unit of latents adds to the model's own activation: W_dec through the dictionary's space.
 
     Args:
-        t: the transcoder.
+        t: the dictionary.
         latent: which.
         like: whose dtype and device are wanted.
     """
     return _unfixed_linear(t, t.W_dec.detach().index_select(0, latent).to(like))
 
 
-def _fixed_back(t: Transcoder, v: Tensor) -> Tensor:
+def _fixed_back(t: Dictionary, v: Tensor) -> Tensor:
     """The transpose of `space.fixed`'s linear part: a mean taken off, then a scale."""
     v = v if t.space.scale is None else v * t.space.scale.to(v)
     return v - v.mean(-1, keepdim=True) if t.space.centred else v
 
 
-def _unfixed_linear(t: Transcoder, y: Tensor) -> Tensor:
+def _unfixed_linear(t: Dictionary, y: Tensor) -> Tensor:
     return t.target_space.unfixed(y) - t.target_space.unfixed(torch.zeros_like(y[..., :1, :]))
 
 
-def _unfixed_back(t: Transcoder, v: Tensor) -> Tensor:
+def _unfixed_back(t: Dictionary, v: Tensor) -> Tensor:
     v = v if t.target_space.scale is None else v / t.target_space.scale.to(v)
     return v - v.mean(-1, keepdim=True) if t.target_space.read_centred else v
 

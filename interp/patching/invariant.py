@@ -17,7 +17,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError, DataError, ModelError, ShapeError
 from interp.core.result import Provenance, Result, token_names
 from interp.core.site import Site
-from interp.dictionaries.base import Transcoder
+from interp.dictionaries.base import Dictionary, Transcoder
 from interp.patching.frozen import FrozenAttention, FrozenNorm, read_back, write_rows
 
 if TYPE_CHECKING:
@@ -313,12 +313,12 @@ def layer_of(hm: "HookManager", transcoder: Transcoder) -> int:
     return layer
 
 
-def checked_latents(transcoder: Transcoder, latents: Any) -> Int[Tensor, " n"]:
-    """Latents as a tensor on the transcoder's device."""
-    chosen, d_sae = [latents] if isinstance(latents, int) else [int(i) for i in latents], transcoder.cfg.d_sae
+def checked_latents(dictionary: Dictionary, latents: Any) -> Int[Tensor, " n"]:
+    """Latents as a tensor on the dictionary's device."""
+    chosen, d_sae = [latents] if isinstance(latents, int) else [int(i) for i in latents], dictionary.cfg.d_sae
     if not chosen or not all(0 <= i < d_sae for i in chosen):
         raise DataError(f"latents={chosen[:8]}: expected at least one, from 0 to {d_sae - 1}")
-    return torch.tensor(chosen, device=transcoder.W_enc.device)
+    return torch.tensor(chosen, device=dictionary.W_enc.device)
 
 
 def read_static(hm: "HookManager", transcoder: Transcoder, layer: int, latents: Tensor) -> Float[Tensor, "n d_model"]:

@@ -84,8 +84,10 @@ def parts_of(frozen: FrozenModel, reader: Reader) -> Iterator[Part]:
     for layer in range(frozen.n_layers):
         attention, held, out = frozen.attention[layer], frozen.transcoders.get(layer), frozen.mlp_out[layer]
         if attention is not None and 2 * layer + 1 < reader.time:
-            values = attention.values(frozen.stream(2 * layer + 1))
-            carried = attention.pattern[:, pos] * torch.einsum("hsd,hd->hs", values, _head_reads(attention, v, pos))
+            values = attention.values(frozen.stream(2 * layer + 1))[:, : pos + 1]
+            carried = attention.pattern[:, pos, : pos + 1] * torch.einsum(
+                "hsd,hd->hs", values, _head_reads(attention, v, pos)
+            )
             n_heads, n = carried.shape
             heads = torch.arange(n_heads, device=device)[:, None].expand(n_heads, n).flatten()
             yield Part("head", layer, heads, torch.arange(n, device=device).repeat(n_heads), carried.flatten())
