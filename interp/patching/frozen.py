@@ -200,6 +200,12 @@ class FrozenTranscoder:
         seen = t.space.fixed(read) - t.space.fixed(zero)
         return _unfixed_linear(t, seen @ t.W_skip.detach().to(x).T)
 
+    def skip_change(self, x: Float[Tensor, "*n pos d_in"]) -> Float[Tensor, "*n pos d_model"]:
+        """Return by how much the skip path's output changes where other activations are read than on the prompt."""
+        t = self.transcoder
+        change = t.space.fixed(x.to(self.x)) - t.space.fixed(self.x)
+        return _unfixed_linear(t, change @ t.W_skip.detach().to(change).T)
+
     def at(self, pos: int) -> slice:
         """Return which active latents are at a position."""
         first, last = torch.searchsorted(self.pos, torch.tensor([pos, pos + 1], device=self.pos.device)).tolist()
