@@ -125,8 +125,7 @@ class DirectEffect(Result):
             ConfigError: Something else.
             DataError: Total effects that were not measured.
         """
-        from interp.report.attribution import scatter
-        from interp.report.figures import Axis
+        from interp.report.scatter import scatter
 
         if against not in ("attribution", "total_effect"):
             raise ConfigError(f"against={against!r}: expected 'attribution' or 'total_effect'")
@@ -135,10 +134,10 @@ class DirectEffect(Result):
         return scatter(
             other.mean(1),
             self.effect.mean(1),
-            labels=Axis("", self.labels),
+            names=self.labels,
+            x=f"{against.replace('_', ' ')}, logits",
+            y="direct effect, logits",
             title=title,
-            across=f"{against.replace('_', ' ')}, logits",
-            up="direct effect, logits",
         )
 
     def summary(self) -> str:

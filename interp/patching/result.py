@@ -229,11 +229,11 @@ class PatchResult(Result):
         from interp.report.scatter import scatter
 
         there, back = self._directions()
-        labels = [f"{site} · {column}" for site in self.sites for column in self.columns]
+        names = [f"{site} · {column}" for site in self.sites for column in self.columns]
         return scatter(
             there.effect.mean(-1).flatten(),
             back.effect.mean(-1).flatten(),
-            labels=labels,
+            names=names,
             x=f"denoising: mean effect on {self.metrics[0]}",
             y=f"noising: mean effect on {self.metrics[0]}",
             title="Is it enough (denoising), is it needed (noising)?",

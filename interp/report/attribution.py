@@ -12,7 +12,7 @@ from interp.report.figures import Axis, dressed, plain
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-__all__ = ["contributions", "scatter", "stack", "waterfall"]
+__all__ = ["contributions", "stack", "waterfall"]
 
 _LESS, _MORE, _SUM, _LINE = "#1f6fc9", "#d9640f", "#5b6472", "#a14fb5"
 _ROW = 18
@@ -105,49 +105,6 @@ def waterfall(
     figure.update_layout(height=400, showlegend=False)
     figure.update_xaxes(tickvals=list(range(len(steps) + 1)), ticktext=[*names, plain(total)], showgrid=False)
     figure.update_yaxes(title={"text": plain(value), "standoff": 10})
-    return figure
-
-
-def scatter(
-    x: Float[Tensor, " n"], y: Float[Tensor, " n"], *, labels: Axis, title: str = "", across: str = "", up: str = ""
-) -> "plotly.graph_objects.Figure":
-    """Draw points beside the line on which both numbers are equal.
-
-    Args:
-        x: The horizontal places.
-        y: The vertical ones.
-        labels: One name each.
-        title: Heading of the figure.
-        across: What x is, with its unit.
-        up: What y is.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ShapeError: Labels or places that do not fit.
-    """
-    import plotly.graph_objects as go
-
-    places, names = _checked(x, labels)
-    heights, _ = _checked(y, Axis("", names))
-    ends = [min([*places, *heights], default=0.0), max([*places, *heights], default=1.0)]
-    figure = go.Figure()
-    dash = {"width": 1, "dash": "dot", "color": _SUM}
-    figure.add_scatter(x=ends, y=ends, mode="lines", line=dash, hoverinfo="skip", name="equal")
-    figure.add_scatter(
-        x=places,
-        y=heights,
-        mode="markers",
-        marker={"size": 7, "color": _MORE, "opacity": 0.8},
-        customdata=names,
-        hovertemplate="%{customdata}<br>%{x:+.4g}, %{y:+.4g}<extra></extra>",
-        name="parts",
-    )
-    dressed(figure, title)
-    figure.update_layout(height=420, showlegend=False)
-    figure.update_xaxes(title={"text": plain(across), "standoff": 10})
-    figure.update_yaxes(title={"text": plain(up), "standoff": 10})
     return figure
 
 

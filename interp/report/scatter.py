@@ -1,6 +1,7 @@
 """Points with names: one figure against another."""
 
 import html
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ def scatter(
     """Draw one named point per pair of values, with the line on which both are equal.
 
     Args:
-        x_values: The horizontal places.
+        x_values: The horizontal places; points with a NaN are left out.
         y_values: The vertical places.
         names: What each point is, for its hover box.
         x: What the horizontal axis is, with its unit.
@@ -48,8 +49,9 @@ def scatter(
     across, up = x_values.detach().double().cpu().tolist(), y_values.detach().double().cpu().tolist()
     hover = f"%{{text}}<br>{html.escape(x)}: %{{x:.4g}}<br>{html.escape(y)}: %{{y:.4g}}<extra></extra>"
     figure = go.Figure()
-    if across:
-        ends = [min(*across, *up, 0.0), max(*across, *up, 0.0)]
+    drawn = [v for pair in zip(across, up, strict=True) for v in pair if all(map(math.isfinite, pair))]
+    if drawn:
+        ends = [min(*drawn, 0.0), max(*drawn, 0.0)]
         figure.add_scatter(x=ends, y=ends, mode="lines", line={"width": 1, "dash": "dot"}, hoverinfo="skip")
     figure.add_scatter(
         x=across, y=up, mode="markers", text=[plain(name) for name in names], marker={"size": 7}, hovertemplate=hover
