@@ -1,4 +1,4 @@
-"""Which activations, edges and circuits carry an answer: exact edits, estimates of them, and what holds without the rest."""
+"""Which activations, edges and circuits carry an answer: exact edits, estimates of them, and what holds alone."""
 
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
