@@ -167,7 +167,7 @@ def _judged(
         "out": cfg.out,
         "edges": circuit.n_edges,
         "of": circuit.graph.n_edges,
-        "nodes": [node.name for node in circuit.nodes],
+        "nodes": list(circuit.nodes),
         "faithfulness": float(found.faithfulness[0]),
         "files": [str(f) for f in files],
     }

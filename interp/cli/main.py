@@ -17,9 +17,14 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "attribute": Verb(
+        "interp.cli.attribute", "estimate what patching each node or edge does, and verify the best exactly"
+    ),
     "capture": Verb("interp.cli.capture", "write the activations of a text to a folder, by one process or many"),
+    "circuit": Verb("interp.cli.circuit", "find the edges that a task needs; run the model with those alone"),
     "eval": Verb("interp.cli.evaluate", "measure trained dictionaries in every way that applies: one table, one page"),
     "export": Verb("interp.cli.export", "write trained dictionaries as circuit-tracer, sparsify or SAELens read them"),
+    "patch": Verb("interp.cli.patch", "patch activations of one prompt into another, every place in turn, exactly"),
     "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
     "store": Verb("interp.cli.store", "what a store of activations holds; verify it, repair it, send it elsewhere"),
