@@ -128,14 +128,18 @@ def test_the_pages_are_short_and_plain() -> None:
 
 @pytest.mark.parametrize("path", sorted((source.REPO / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
+    from interp.cli.attribute import AttributeConfig
     from interp.cli.capture import CaptureConfig
+    from interp.cli.circuit import CircuitConfig
+    from interp.cli.patch import PatchConfig
     from interp.train.build_testbed import BuildConfig
     from interp.train.config import TrainConfig
 
     text = path.read_text(encoding="utf-8")
     opening = "\n".join(line for line in text.splitlines()[:6] if line.startswith("#"))
     kind: dict[str, type[BaseModel]] = {"interp train": TrainConfig, "interp testbed rebuild": BuildConfig}
-    kind["interp capture"] = CaptureConfig
+    kind |= {"interp capture": CaptureConfig, "interp patch": PatchConfig}
+    kind |= {"interp attribute": AttributeConfig, "interp circuit": CircuitConfig}
     commands = [command for command in kind if command in opening.splitlines()[0]]
     assert len(commands) == 1, "a config opens with the command that runs it"
     assert re.search(r"minute|hour", opening), "and says how long it takes"
