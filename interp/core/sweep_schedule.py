@@ -11,8 +11,8 @@ from interp.core.errors import ConfigError
 
 __all__ = ["Sizes", "Wave", "block_weights", "check_budget", "default_budget", "waves"]
 
-_CPU_BUDGET = 2**29
-# More rows than this are no faster, and a heat map fills in larger steps.
+# On a CPU larger tensors leave its caches; on a GPU more rows are no faster, and a heat map fills in larger steps.
+_CPU_BUDGET = 2**27
 _GPU_BUDGET = 2**34
 
 
