@@ -5,6 +5,7 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def some_pairs(side: str = "right") -> PairTokens:
 
 
 @pytest.mark.filterwarnings("ignore:.*changed nothing")
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Gemma2", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["GPT2", "Gemma2"])
 def test_values_are_those_of_the_partners_place_by_place(name: str) -> None:
     hm, pairs = manager(name), some_pairs()
     claims = {"a0.*": None, "a1.h2@x": "kind", "m0@end": None, "1.resid_pre@x": [i % 2 for i in range(8)]}
@@ -168,7 +169,7 @@ def test_results_are_told_and_kept(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_scrubbed_is_refused() -> None:
     hm, pairs = manager("Llama"), some_pairs()
-    cases = [
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"hypothesis": {}}, ConfigError, "0 claims"),
         ({"hypothesis": {"heads": None}, "alone": "self"}, ConfigError, "alone='self'"),
         ({"hypothesis": {"heads": None}, "n_resamples": 0}, ConfigError, "n_resamples=0"),
