@@ -20,6 +20,7 @@ from interp.data.pairs import PromptPairs
 from interp.patching.graph import Graph, Node
 from interp.patching.path import path_patch
 from interp.patching.path_result import DIRECT, PathPatchResult
+from interp.testbed.model_tasks import model_pairs
 from tests.families import VOCAB, manager
 from tests.hand_built import induction_model
 
@@ -233,6 +234,19 @@ def test_the_only_path_of_a_hand_built_induction_model_is_the_one_it_was_given(d
     placed = path_patch(hm, named, senders=["a0.h0@at", "a0.h0@end"], receivers="a1.h0<k>@at", direct=direct)
     torch.testing.assert_close(placed.effect[0, 0], got.effect[0, 1], atol=1e-4, rtol=1e-4)
     assert float(placed.effect[1].abs().max()) < 1e-4
+
+
+@slow
+def test_heads_found_on_some_prompts_of_the_testbed_are_found_on_others() -> None:
+    hm = HookManager.load("testbed")
+    found = []
+    for out in (False, True):
+        pairs = model_pairs(hm, "ioi", 30, held_out=out)
+        direct = path_patch(hm, pairs, senders="heads", direct="all_frozen").effect[:, 0].mean(-1)
+        into = {f"{head}<q>@end": [f"{head}<q>@end"] for head in ("a2.h2", "a2.h0")}
+        early = path_patch(hm, pairs, senders="heads", receivers=into).effect.sum(1).mean(-1)
+        found.append((set(direct.argsort()[:2].tolist()), set(early.argsort()[:2].tolist())))
+    assert found[0] == found[1] == ({8, 10}, {2, 3})  # a2.h0 and a2.h2 say the name; a0.h2 and a0.h3 tell them which
 
 
 def test_results_say_which_definition_and_survive_a_folder(tmp_path: Path) -> None:

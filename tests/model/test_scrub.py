@@ -12,12 +12,14 @@ import torch
 
 from interp.core.errors import ConfigError, DataError, ShapeError, SiteError
 from interp.core.intervention import Intervention, Replace
+from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens, with_spans
 from interp.data.pairs import PromptPairs
 from interp.patching.scrub import _Scrubbed, scrub
 from interp.patching.scrub_result import ScrubResult
+from interp.testbed.model_tasks import model_pairs
 from tests.families import manager
 from tests.hand_built import induction_model
 
@@ -141,6 +143,18 @@ def test_the_padding_and_the_budget_do_not_matter_and_the_seed_does() -> None:
     assert {tuple(part.draw(str(r), "keep").tolist()) for r in range(9)} == {(2, 3, 0, 1, 6, 5, 4, 7)}
     counts = torch.bincount(torch.stack([part.draw(str(r), "refuse", free=True)[4] for r in range(300)]), minlength=8)
     assert int(counts[[1, 3, 4, 5, 7]].sum()) == 0 and int(counts[[0, 2, 6]].min()) > 70
+
+
+@pytest.mark.slow
+def test_the_name_movers_of_the_testbed_depend_on_who_is_given_something() -> None:
+    hm = HookManager.load("testbed")
+    pairs = model_pairs(hm, "ioi", 150)
+    names = [e.answers[0] for e in pairs]
+    movers = {"heads": None, "a0.*": "template", "a2.h0@end": names, "a2.h2@end": names}
+    assert scrub(hm, pairs, movers, alone="keep", n_resamples=4).recovered().low > 0.7
+    shuffled = random.Random(0).sample(names, len(names))
+    wrong = {**movers, "a2.h0@end": shuffled, "a2.h2@end": shuffled}
+    assert scrub(hm, pairs, wrong, alone="keep", n_resamples=4).recovered().high < 0.4
 
 
 def test_a_later_claim_overrules_an_earlier_one() -> None:
