@@ -1,6 +1,7 @@
 """Models whose weights are written by hand, so that what each head does is known."""
 
 import functools
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def induction_model() -> HookManager:
         bias=False,
         attention_scale=1.0,
     )
-    model = nano(options)
+    model: Any = nano(options)
     token, place = torch.arange(v), v + torch.arange(t)
     before, answer = v + t + torch.arange(v), 2 * v + t + torch.arange(v)
     with torch.no_grad():

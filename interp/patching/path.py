@@ -54,9 +54,10 @@ def path_patch(
     ("a3.*"), "heads", "mlps" and "all" stand for many. Receivers are "a9.h9<q>@end", "m10", "logits", or a stream such
     as "8.resid_post". A path that does not exist, or whose sender is equal on both prompts, is exactly 0.
 
-    Cost: 2 forwards, then for every sender one row per example in a shared forward, and as many again for each group of
-    receivers but logits. Memory: max_bytes for a forward, and of the base run n_layers × batch × pos × n_heads × d_head
-    numbers (+ d_model for each MLP unless direct is "heads_frozen"), of the source run those of the senders' sites.
+    Cost: 2 forwards, then for every sender one row per example in a shared forward, and as many again for every path
+    into a group of receivers but logits. Memory: max_bytes for a forward, and of the base run n_layers × batch × pos ×
+    n_heads × d_head numbers (+ d_model for each MLP unless direct is "heads_frozen"), of the source run those of the
+    senders' sites.
 
     Args:
         hm: the model.
@@ -207,14 +208,10 @@ class _Patching:
         base = metric(self.base).float().cpu()
         differs, paths = self._differs().cpu(), self._paths()
         patched = base.expand(len(self.sent), len(self.received), -1).clone()
-        live = paths.any(1) & differs.any(1)
-        at_once = max(1, self.rows // self.n)
-        chosen = [s for s in range(len(self.sent)) if bool(live[s])]
-        groups = [g for g in range(len(self.received)) if bool((paths & live[:, None])[:, g].any())]
-        for part in self._chunks(chosen, at_once):
-            for g, values in self._chunk(part, groups, metric):
-                real = paths[part, g][:, None] & differs[part]
-                patched[part, g] = torch.where(real, values, patched[part, g])
+        chosen = (paths.any(1) & differs.any(1)).nonzero()[:, 0].tolist()
+        for part in self._chunks(chosen, max(1, self.rows // self.n)):
+            for s, g, values in self._chunk(part, paths, metric):
+                patched[s, g] = torch.where(differs[s], values, patched[s, g])
         return patched, ~paths | ~differs.any(1)[:, None]
 
     def _chunks(self, chosen: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -228,27 +225,27 @@ class _Patching:
                 bar.update(len(part))
 
     def _chunk(
-        self, part: list[int], groups: list[int], metric: Metric
-    ) -> Iterator[tuple[int, Float[Tensor, "sender batch"]]]:
-        """Some senders as the rows of one forward to the receivers, then of one for each group of receivers."""
-        direct = [g for g in groups if self.received[g][0].kind == "logits"]
+        self, part: list[int], paths: Bool[Tensor, "sender receiver"], metric: Metric
+    ) -> Iterator[tuple[int, int, Float[Tensor, " batch"]]]:
+        """Some senders as the rows of one forward to the receivers, then every path from them as the rows of others."""
+        cells = [(i, g) for g in range(len(self.received)) for i, s in enumerate(part) if bool(paths[s, g])]
+        direct = [(i, g) for i, g in cells if self.received[g][0].kind == "logits"]
+        free = [cell for cell in cells if cell not in direct]
+        sites = list(dict.fromkeys(self._site_of(p) for _, g in free for p in self.received[g]))
         rows = repeated(self.base_tokens, len(part))
-        sites = list(dict.fromkeys(self._site_of(p) for g in groups if g not in direct for p in self.received[g]))
-        logits = "last" if direct else "none"
-        edits = self._sending(part)
-        seen = self.hm.run(rows, read=sites, write=edits, logits=logits, batch_size=min(self.rows, len(rows)))
-        for g in direct:
-            yield g, self._values(seen, metric, len(part))
-        # Several groups share a forward as far as the budget allows.
-        free = [g for g in groups if g not in direct]
-        size = max(1, self.rows // len(rows))
-        for start in range(0, len(free), size):
-            some = free[start : start + size]
-            many = repeated(self.base_tokens, len(part) * len(some))
-            edits = self._receiving(seen, some, len(part))
-            out = self.hm.run(many, write=edits, logits="last", batch_size=min(self.rows, len(many)))
-            values = self._values(out, metric, len(part) * len(some))
-            yield from zip(some, values.reshape(len(some), len(part), self.n), strict=True)
+        logits, size = "last" if direct else "none", min(self.rows, len(rows))
+        seen = self.hm.run(rows, read=sites, write=self._sending(part), logits=logits, batch_size=size)
+        if direct:
+            values = self._values(seen, metric, len(part))
+            yield from ((part[i], g, values[i]) for i, g in direct)
+        at_once = max(1, self.rows // self.n)
+        for start in range(0, len(free), at_once):
+            some = free[start : start + at_once]
+            rows = repeated(self.base_tokens, len(some))
+            size = min(self.rows, len(rows))
+            out = self.hm.run(rows, write=self._receiving(seen, some), logits="last", batch_size=size)
+            values = self._values(out, metric, len(some))
+            yield from ((part[i], g, v) for (i, g), v in zip(some, values, strict=True))
 
     def _values(self, out: Run, metric: Metric, times: int) -> Float[Tensor, "sender batch"]:
         logits = answer_logits(out)
@@ -286,19 +283,19 @@ class _Patching:
             edits.append(RowEdit(site, value, example, where, hold, example if hold is not None else None))
         return edits
 
-    def _receiving(self, seen: Run, groups: list[int], times: int) -> list[Intervention]:
-        """The edits of the last pass: each group's rows read what the receivers were given, everything else is free."""
-        rows, width = times * self.n, self.base_tokens.ids.shape[1]
-        take = torch.arange(rows).repeat(len(groups))
+    def _receiving(self, seen: Run, cells: list[tuple[int, int]]) -> list[Intervention]:
+        """The edits of the last pass: each cell's rows read what its sender gave its receivers; all else is free."""
+        width = self.base_tokens.ids.shape[1]
+        take = torch.cat([i * self.n + torch.arange(self.n) for i, _ in cells])
         pick: dict[str, Tensor] = {}
-        for i, g in enumerate(groups):
+        for c, (_, g) in enumerate(cells):
             for part in self.received[g]:
                 site = self._site_of(part)
                 heads = list(seen[site].shape[2:3]) if part.kind in ("q", "k", "v") else []
-                where = pick.setdefault(site, torch.zeros(len(groups), times, self.n, width, *heads, dtype=torch.bool))
-                on = where[i] if not heads else where[i, :, :, :, part.head]
+                where = pick.setdefault(site, torch.zeros(len(cells), self.n, width, *heads, dtype=torch.bool))
+                on = where[c, :, :, part.head] if heads else where[c]
                 on |= positions(self.base_tokens, part.place)
-        return [RowEdit(site, seen[site], take, where.flatten(0, 2)) for site, where in pick.items()]
+        return [RowEdit(site, seen[site], take, where.flatten(0, 1)) for site, where in pick.items()]
 
 
 def _sent_from(part: Part) -> str:

@@ -170,11 +170,10 @@ class _Scrubbed:
     def columns(self, partners: Int[Tensor, " batch"]) -> Int[Tensor, "batch pos"]:
         """Return where, among all rows × columns, the value of each position is: the k-th place of the partner's."""
         width = self.where.shape[1]
-        index = torch.arange(self.where.numel()).reshape(self.where.shape)
-        places = [row.nonzero()[:, 0] for row in self.where]
-        for i, partner in enumerate(partners.tolist()):
-            index[i, places[i]] = partner * width + places[partner]
-        return index
+        kth = (~self.where).int().argsort(dim=1, stable=True)  # a row's places first, in order
+        rank = (self.where.long().cumsum(1) - 1).clamp(min=0)
+        own = torch.arange(self.where.numel()).reshape(self.where.shape)
+        return torch.where(self.where, partners[:, None] * width + kth[partners].gather(1, rank), own)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,13 @@ from interp.data.pairs import PromptPairs
 from interp.patching.graph import Graph, Node
 from interp.patching.path import path_patch
 from interp.patching.path_result import DIRECT, PathPatchResult
+from interp.testbed.model_tasks import model_pairs
 from tests.families import VOCAB, manager
 from tests.hand_built import induction_model
 
 FAMILIES = ("GPT2", "Llama", "GPTNeoX", "Gemma2", "Olmo2")
-_ENDS = ("heads_frozen", "linear")  # the one between them holds what both hold
+_QUICK = (("Llama", "all_frozen"), ("GPTNeoX", "heads_frozen"), ("Gemma2", "linear"))
+slow = pytest.mark.slow
 
 
 @functools.cache
@@ -77,7 +80,9 @@ def naive(hm: HookManager, pairs: PairTokens, sender: Node, receiver: Node, dire
 
 
 @pytest.mark.filterwarnings("ignore:.*changed nothing")
-@pytest.mark.parametrize(("name", "direct"), [*((n, d) for n in FAMILIES for d in _ENDS), ("Llama", "all_frozen")])
+@pytest.mark.parametrize(
+    ("name", "direct"), [pytest.param(n, d, marks=() if (n, d) in _QUICK else slow) for n in FAMILIES for d in DIRECT]
+)
 def test_all_cells_are_those_of_a_loop_over_senders_and_receivers(name: str, direct: str) -> None:
     hm, pairs = manager(name), some_pairs()
     graph, last = Graph.of(hm), hm.n_layers - 1
@@ -93,7 +98,9 @@ def test_all_cells_are_those_of_a_loop_over_senders_and_receivers(name: str, dir
             torch.testing.assert_close(got.patched[s, r], want, atol=2e-4, rtol=1e-3, msg=f"{sender} → {receiver}")
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "Granite", "GPTJ", "FalconNew", "OPT"])
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, *(pytest.param(n, marks=slow) for n in ("Granite", "GPTJ", "FalconNew", "OPT"))]
+)
 def test_every_sender_at_once_into_the_logits_is_the_other_run(name: str) -> None:
     hm, pairs = manager(name), some_pairs()
     for direct in ("heads_frozen", "all_frozen"):
@@ -160,7 +167,9 @@ def test_what_cannot_arrive_is_exactly_nothing() -> None:
     assert same.blocked.all() and not same.effect.any() and same.normalized().isnan().all()
 
 
-@pytest.mark.parametrize("direct", list(DIRECT))
+@pytest.mark.parametrize(
+    "direct", ["heads_frozen", pytest.param("all_frozen", marks=slow), pytest.param("linear", marks=slow)]
+)
 def test_the_budget_of_a_forward_and_the_padding_do_not_matter(direct: str) -> None:
     hm = manager("Llama")
     pairs = PromptPairs.make(
@@ -172,7 +181,7 @@ def test_the_budget_of_a_forward_and_the_padding_do_not_matter(direct: str) -> N
     )
     receivers = {"k": "a2.*<k>", "stream": "1.resid_mid@end", "m": "m2@end", "direct": "logits"}
 
-    def found(**given: object) -> PathPatchResult:
+    def found(**given: Any) -> PathPatchResult:
         return path_patch(hm, side, senders=["a1.*@x", "m0@end"], receivers=receivers, direct=direct, **given)
 
     side = pairs.tokens(hm)
@@ -227,6 +236,19 @@ def test_the_only_path_of_a_hand_built_induction_model_is_the_one_it_was_given(d
     assert float(placed.effect[1].abs().max()) < 1e-4
 
 
+@slow
+def test_heads_found_on_some_prompts_of_the_testbed_are_found_on_others() -> None:
+    hm = HookManager.load("testbed")
+    found = []
+    for out in (False, True):
+        pairs = model_pairs(hm, "ioi", 30, held_out=out)
+        direct = path_patch(hm, pairs, senders="heads", direct="all_frozen").effect[:, 0].mean(-1)
+        into = {f"{head}<q>@end": [f"{head}<q>@end"] for head in ("a2.h2", "a2.h0")}
+        early = path_patch(hm, pairs, senders="heads", receivers=into).effect.sum(1).mean(-1)
+        found.append((set(direct.argsort()[:2].tolist()), set(early.argsort()[:2].tolist())))
+    assert found[0] == found[1] == ({8, 10}, {2, 3})  # a2.h0 and a2.h2 say the name; a0.h2 and a0.h3 tell them which
+
+
 def test_results_say_which_definition_and_survive_a_folder(tmp_path: Path) -> None:
     hm, pairs = manager("GPT2"), some_pairs()
     got = path_patch(hm, pairs, senders=["heads", "mlps"], direct="all_frozen", metric="log_prob")
@@ -245,7 +267,7 @@ def test_results_say_which_definition_and_survive_a_folder(tmp_path: Path) -> No
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_patched_is_refused() -> None:
     hm, pairs = manager("GPT2"), some_pairs()
-    cases = [
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"senders": "a0.h9"}, SiteError, "no sender 'a0.h9'"),
         ({"senders": []}, SiteError, "no sender was given"),
         ({"senders": "heads@s2"}, DataError, "no span 's2'"),

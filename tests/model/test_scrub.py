@@ -5,18 +5,21 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from interp.core.errors import ConfigError, DataError, ShapeError, SiteError
 from interp.core.intervention import Intervention, Replace
+from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens, with_spans
 from interp.data.pairs import PromptPairs
 from interp.patching.scrub import _Scrubbed, scrub
 from interp.patching.scrub_result import ScrubResult
+from interp.testbed.model_tasks import model_pairs
 from tests.families import manager
 from tests.hand_built import induction_model
 
@@ -96,7 +99,7 @@ def some_pairs(side: str = "right") -> PairTokens:
 
 
 @pytest.mark.filterwarnings("ignore:.*changed nothing")
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Gemma2", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["GPT2", "Gemma2"])
 def test_values_are_those_of_the_partners_place_by_place(name: str) -> None:
     hm, pairs = manager(name), some_pairs()
     claims = {"a0.*": None, "a1.h2@x": "kind", "m0@end": None, "1.resid_pre@x": [i % 2 for i in range(8)]}
@@ -142,6 +145,18 @@ def test_the_padding_and_the_budget_do_not_matter_and_the_seed_does() -> None:
     assert int(counts[[1, 3, 4, 5, 7]].sum()) == 0 and int(counts[[0, 2, 6]].min()) > 70
 
 
+@pytest.mark.slow
+def test_the_name_movers_of_the_testbed_depend_on_who_is_given_something() -> None:
+    hm = HookManager.load("testbed")
+    pairs = model_pairs(hm, "ioi", 150)
+    names = [e.answers[0] for e in pairs]
+    movers = {"heads": None, "a0.*": "template", "a2.h0@end": names, "a2.h2@end": names}
+    assert scrub(hm, pairs, movers, alone="keep", n_resamples=4).recovered().low > 0.7
+    shuffled = random.Random(0).sample(names, len(names))
+    wrong = {**movers, "a2.h0@end": shuffled, "a2.h2@end": shuffled}
+    assert scrub(hm, pairs, wrong, alone="keep", n_resamples=4).recovered().high < 0.4
+
+
 def test_a_later_claim_overrules_an_earlier_one() -> None:
     hm, pairs = induction_model(), repeats()
     late = scrub(hm, pairs, {"a0.h0@at": "key", "a0.*": None}, n_resamples=6)
@@ -168,7 +183,7 @@ def test_results_are_told_and_kept(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_scrubbed_is_refused() -> None:
     hm, pairs = manager("Llama"), some_pairs()
-    cases = [
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"hypothesis": {}}, ConfigError, "0 claims"),
         ({"hypothesis": {"heads": None}, "alone": "self"}, ConfigError, "alone='self'"),
         ({"hypothesis": {"heads": None}, "n_resamples": 0}, ConfigError, "n_resamples=0"),
