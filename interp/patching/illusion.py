@@ -219,11 +219,8 @@ def illusion(
         explained={name: _explained(task, u, sides) for name, u in parts.items()},
     )
     verdict, lines = weighed(evidence, min_effect=chosen.min_effect, silent=chosen.silent, dormant=chosen.dormant)
-    settings = {"site": task.site.short, "where": described(where), "reads": "default" if reads is None else "given"}
-    settings |= {name: getattr(chosen, name) for name in ("min_effect", "silent", "dormant", "rank_tol", "n_placebo")}
-    data = (task.pairs.clean.ids, task.pairs.corrupted.ids)
     return IllusionReport(
-        provenance=Provenance.of(hm, settings=settings, data=data, seed=chosen.seed),
+        provenance=_provenance(task, where, reads, chosen),
         site=task.site.short,
         where=described(where),
         direction=v.cpu(),
@@ -257,6 +254,13 @@ def _effects(
     found = {name: _effect(task.outcome(task.subspace(u[None]), labels)) for name, u in parts.items()}
     means = [torch.stack([p[at] for p in placebos]).mean(0) for at in (0, 1)]
     return found | {"placebo": (means[0], means[1]), _WHOLE: _effect(task.outcome(task.whole(), labels))}, placebos
+
+
+def _provenance(task: Interchange, where: Places, reads: Tensor | None, options: IllusionOptions) -> Provenance:
+    settings = {"site": task.site.short, "where": described(where), "reads": "default" if reads is None else "given"}
+    settings |= {name: getattr(options, name) for name in ("min_effect", "silent", "dormant", "rank_tol", "n_placebo")}
+    data = (task.pairs.clean.ids, task.pairs.corrupted.ids)
+    return Provenance.of(task.hm, settings=settings, data=data, seed=options.seed)
 
 
 def _effect(outcome: Outcome) -> _Effect:

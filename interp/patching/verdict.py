@@ -87,7 +87,7 @@ def weighed(evidence: Evidence, *, min_effect: float, silent: float, dormant: fl
     if not whole.low >= min_effect or whole.low <= placebo.high:
         why = f"an effect is FLDD ≥ {min_effect:g}, and more than random directions have"
         return NOTHING, [*lines, f"{why}: the lower bound {whole.low:.3g} is not"]
-    shares = {
+    shares: dict[str, Share] = {
         name: share_of(evidence.patched[name], evidence.patched["direction"], evidence.clean)
         for name in ("read part", "unread part", "whole component")
         if name in evidence.patched

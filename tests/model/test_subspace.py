@@ -208,6 +208,19 @@ def test_labels_choose_among_answers_and_count_any_foil() -> None:
     assert Labels.of(pairs, torch.tensor([5, 5])).hit(logits, torch.arange(2)).tolist() == [False, False]
 
 
+def test_a_placebo_moves_as_far_as_it_is_told_in_its_own_subspace() -> None:
+    task = Interchange.of(small(), ragged(), "0.resid_post", where="spot")
+    torch.testing.assert_close(task.shift, task.corrupted - task.clean)
+    assert task.pair_of.tolist() == [0, 0, 1, 2, 2, 2] and task.held(torch.tensor([2, 0])).tolist() == [3, 4, 5, 0, 1]
+    basis, size = random_basis(3, 16, seed=6), torch.linspace(0.5, 3, 6)
+    moved = task.same_size(basis, size)
+    torch.testing.assert_close(moved.norm(dim=-1), size)
+    torch.testing.assert_close(moved @ basis.T @ basis, moved, atol=1e-5, rtol=0)
+    assert bool(((moved * task.shift).sum(-1) > 0).all())  # towards the source, not away from it
+    placed = task.spread(moved, torch.tensor([1, 2]))
+    assert torch.equal(placed[0, 0], moved[2]) and torch.equal(placed[1, 5], moved[5]) and placed.any(-1).sum() == 4
+
+
 def test_results_are_tables_pages_and_files(tmp_path: Any) -> None:
     found = subspace_patch(small(), ragged(), "0.resid_post", torch.randn(16), where="spot")
     again = SubspaceResult.load(found.save(tmp_path / "it"))
