@@ -227,7 +227,7 @@ class _Nodes:
         )
 
     def _along_activations(self, part: Part, path: Path, there: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in self.reads:
             steps = (
                 (w, self.gradient(part, self.sides.patched, [Interpolate(name, there[name], s)]))

@@ -33,7 +33,7 @@ from interp.patching.streams import Readers, Writers
 __all__ = ["Contraction", "edge_attribution"]
 
 # So many bytes of senders and receivers are multiplied out at a time.
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 2**22
 # The receivers' gradients of a branch must sum to the branch's own, but for rounding.
 _EXACT, _HALF = 1e-3, 5e-2
 
@@ -55,7 +55,7 @@ def edge_attribution(
     for each of the 2·n_layers + 1 groups of senders on one of activations. Memory, in numbers per token of a batch of
     rows: what senders add, n_layers·(n_heads·d_head + d_model) + d_model; what receivers get, n_layers·((n_heads +
     2 n_kv_heads)·d_head + 2 d_model) + d_model; and (senders + receivers of a layer)·d_model for the few tokens that
-    are multiplied out, 16 MiB in all. With `per_position`, pos·senders·receivers more.
+    are multiplied out, 4 MiB in all. With `per_position`, pos·senders·receivers more.
 
     Args:
         hm: the model.

@@ -16,7 +16,7 @@ from interp.patching.streams import Writers
 
 __all__ = ["flow_routes"]
 
-_BLOCK_BYTES = 2**24
+_BLOCK_BYTES = 2**22
 
 
 def flow_routes(hm: HookManager, inputs: Inputs | PromptPairs | PairTokens) -> EdgeScores:
@@ -27,7 +27,7 @@ def flow_routes(hm: HookManager, inputs: Inputs | PromptPairs | PairTokens) -> E
     stream and get one set of weights.
 
     Cost: one forward. Memory, per token in numbers: n_layers·(n_heads·d_head + 2 d_model) + d_model; and for the few
-    tokens multiplied out, 2 senders·d_model each, 16 MiB in all.
+    tokens multiplied out, 2 senders·d_model each, 4 MiB in all.
 
     Args:
         hm: the model.

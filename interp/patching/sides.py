@@ -138,8 +138,8 @@ class Sides:
         size = max(1, _BYTES // (4 * floats)) if isinstance(self.metric, Metric) else n
         for start in range(0, n, size):
             rows = torch.arange(start, min(n, start + size))
-            sides = (_rows(t, rows) for t in (self.pairs.clean, self.pairs.corrupted))
-            yield Part(rows, *sides, metric=_of_rows(self.metric, rows), groups=self.groups[rows])
+            clean, corrupted = (_rows(t, rows) for t in (self.pairs.clean, self.pairs.corrupted))
+            yield Part(rows, clean, corrupted, metric=_of_rows(self.metric, rows), groups=self.groups[rows])
 
     def provenance(self, hm: HookManager, settings: Mapping[str, Any]) -> Provenance:
         """Return where a result on these sides comes from."""
