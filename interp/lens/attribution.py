@@ -29,6 +29,8 @@ class DirectAttribution(Result):
         by: How the stream was taken apart.
         target: What was asked about.
         labels: One per term, such as "embed", "3_mlp_out", "L2H1", "L2N77", "L2←5"; last "residue".
+            A head's term holds its share of the value bias, which is the same whatever it attends to (`hm.folded()`
+            moves it into the bias).
         kinds: "embed", "attn", "mlp", "head", "neuron", "latent", "rest", "token", "sink" (what a head writes that no
             token's value holds), "bias", "skip", "error", "cap" or "residue".
         layers: The block of each term, −1 for none.

@@ -195,10 +195,9 @@ def _add_tokens(terms: Terms, part: Slice, path: DirectPath, layer: int, per_hea
 
 
 def _in_own_order(shares: Float[Tensor, "row head src"], mask: Bool[Tensor, "row src"]) -> Tensor:
-    """Columns counted in each row's own tokens, zeros after its last."""
+    """Columns counted in each row's own tokens; pads, which nothing attends to, come last."""
     order = (~mask).long().argsort(dim=1, stable=True)
-    moved = shares.gather(2, order[:, None].expand_as(shares))
-    return moved * mask.gather(1, order)[:, None]
+    return shares.gather(2, order[:, None].expand_as(shares))
 
 
 def _largest_neurons(part: Slice, path: DirectPath, top_k: int) -> dict[int, Terms]:
