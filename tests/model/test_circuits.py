@@ -144,7 +144,9 @@ def test_the_known_circuit_is_the_model_and_its_rest_is_nothing() -> None:
     whole = completeness(hm, held, five, n_knockouts=6, seed=1)
     assert abs(whole.rest_faithfulness) < 1e-5 and float(whole.incompleteness.max()) < 1e-5
     partial = completeness(hm, held, Circuit.of(circuit.graph, ["input->logits"]), n_knockouts=2)
-    assert partial.rest_faithfulness == pytest.approx(1.0, abs=1e-5), "a circuit that does nothing leaves the model whole"
+    assert partial.rest_faithfulness == pytest.approx(1.0, abs=1e-5), (
+        "a circuit that does nothing leaves the model whole"
+    )
 
 
 def test_minimality_finds_what_is_idle() -> None:
@@ -179,7 +181,7 @@ def found_top(effects: Tensor) -> Circuit:
     return top_edges(runs().graph, effects, 5)
 
 
-# -- the testbed --------------------------------------------------------------------------------------------------------
+# -- the testbed ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -222,7 +224,7 @@ def test_every_ablation_leaves_the_testbed_whole_with_all_edges_and_lost_with_no
         assert float(found.empty.mean()) < 0.5 * float(found.clean.mean())
 
 
-# -- a trained one ------------------------------------------------------------------------------------------------------
+# -- a trained one ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -232,7 +232,13 @@ def test_a_saved_circuit_comes_back(graph: Graph, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="overwrite"):
         circuit.save(path)
     record = json.loads(path.read_text())
-    damaged: list[dict[str, object]] = [{"format": 9}, {"kind": "x"}, {"edges": ["m9->m1"]}, {"graph": {}}, {"scores": [1.0]}]
+    damaged: list[dict[str, object]] = [
+        {"format": 9},
+        {"kind": "x"},
+        {"edges": ["m9->m1"]},
+        {"graph": {}},
+        {"scores": [1.0]},
+    ]
     for damage in damaged:
         path.write_text(json.dumps({**record, **damage}))
         with pytest.raises(ArtifactError):
