@@ -50,7 +50,7 @@ class EdgeAblation:
 
     kind: str = "patching"
     batch_size: int | None = None
-    max_bytes: int = 2**28
+    max_bytes: int = 2**26
 
     def __post_init__(self) -> None:
         if self.kind not in ABLATIONS:
