@@ -98,7 +98,7 @@ _HEIMERSHEIM = {
     "title": "A circuit for Python docstrings in a 4-layer attention-only transformer",
     "where": "Alignment Forum",
 }
-_REPORTED = "the reported figures are the papers' own; they were not measured again here"
+_REPORTED = "The reported figures are the papers' own; they were not measured again here."
 
 
 def records() -> dict[str, dict[str, Any]]:
@@ -179,7 +179,8 @@ def _greater_than() -> dict[str, Any]:
         sources=[_HANNA, _CONMY, _MILLER],
         reported={"prob_diff_model": 0.817, "prob_diff_circuit": 0.727},
         notes=[
-            "235 edges, with q, k and v apart.",
+            "235 edges, with q, k and v apart. MLPs 4 to 7 have no role, but edges: from MLP to MLP up to layer 8, and "
+            "to the queries of the middle heads.",
             "Sources disagree: this list has head 6.1; the authors' own code has 5.1 and 8.8 instead "
             "(greater-than-gpt2-authors). Report against both.",
             'Prompt: "The {noun} lasted from the year 17YY to the year 17"; corrupted: YY becomes 01.',

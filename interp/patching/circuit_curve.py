@@ -127,6 +127,18 @@ class CircuitCurve(Result):
                 found[name] = {"cpr_nominal": cpr, "cmd_nominal": cmd}
         return found
 
+    def lines(self) -> dict[str, tuple[Float[Tensor, " size"], Float[Tensor, " size"]]]:
+        """Return each line of the figure as (shares of edges, faithfulness), random circuits by their mean."""
+        share, f = torch.tensor(self.fractions), self.faithfulness
+        found = {name: (share, f[i]) for i, name in enumerate(self.rankings)}
+        for name, null in (
+            ("random edges", self.random_faithfulness),
+            ("heads exchanged", self.exchanged_faithfulness),
+        ):
+            if len(null):
+                found[name] = (share, null.mean(0))
+        return found
+
     def _row(self, ranking: str) -> int:
         if ranking not in self.rankings:
             raise DataError(f"ranking {ranking!r}: expected one of {', '.join(self.rankings)}")

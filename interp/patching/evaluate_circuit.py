@@ -39,8 +39,9 @@ class EdgeAblation:
     Args:
         kind: "patching": what the sender writes on the pair's corrupted prompt; "zero": nothing; "mean": the sender's
             mean over the corrupted prompts of the same template and length, position by position (positions counted
-            from each row's first token; `meta` of the pairs must say "template"); "mean_positional": the same over all
-            corrupted prompts that reach the position.
+            from each row's first token; `meta` of the pairs must say "template"; a template with one prompt is its
+            own mean, which is patching); "mean_positional": the same over all corrupted prompts that reach the
+            position.
         batch_size: pairs at once; all by default.
         max_bytes: of the differences of the senders, which decides how many circuits go into one forward.
 
@@ -50,7 +51,7 @@ class EdgeAblation:
 
     kind: str = "patching"
     batch_size: int | None = None
-    max_bytes: int = 2**28
+    max_bytes: int = 2**26
 
     def __post_init__(self) -> None:
         if self.kind not in ABLATIONS:

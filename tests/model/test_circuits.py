@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from interp.patching.circuit import Circuit
 from interp.patching.circuit_curve import CircuitCurve, circuit_curve
 from interp.patching.compare_circuits import compare
 from interp.patching.evaluate_circuit import CircuitRuns, edge_effects
-from interp.patching.faithfulness import completeness, evaluate_circuits, minimality
+from interp.patching.faithfulness import evaluate_circuits
 from interp.patching.graph import Graph
+from interp.patching.knockouts import completeness, minimality
 from interp.patching.select_edges import greedy_edges, random_like, top_edges
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
@@ -53,7 +55,7 @@ def by_hand() -> HookManager:
         bias=False,
         attention_scale=1.0,
     )
-    model = nano(options)
+    model: Any = nano(options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -181,7 +183,7 @@ def found_top(effects: Tensor) -> Circuit:
     return top_edges(runs().graph, effects, 5)
 
 
-# -- the testbed --------------------------------------------------------------------------------------------------------
+# -- the testbed ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -224,7 +226,7 @@ def test_every_ablation_leaves_the_testbed_whole_with_all_edges_and_lost_with_no
         assert float(found.empty.mean()) < 0.5 * float(found.clean.mean())
 
 
-# -- a trained one ------------------------------------------------------------------------------------------------------
+# -- a trained one ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
