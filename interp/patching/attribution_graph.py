@@ -228,6 +228,9 @@ class AttributionGraph(Result):
         written: Path = importlib.import_module("interp.report.graph_page").write_graph_page(path, self)
         return written
 
+    def _repr_html_(self) -> str:
+        return str(importlib.import_module("interp.report.graph_page").framed_graph(self))
+
 
 def attribution_graph(
     hm: "HookManager",
