@@ -143,7 +143,8 @@ def _judged(
 ) -> tuple[dict[str, Any], str]:
     from interp.patching.circuit_curve import circuit_curve
     from interp.patching.circuit_files import write_eap_ig, write_graphml
-    from interp.patching.faithfulness import completeness, evaluate_circuits, minimality
+    from interp.patching.faithfulness import evaluate_circuits
+    from interp.patching.knockouts import completeness, minimality
 
     how: dict[str, Any] = {"metric": cfg.metric, "ablation": cfg.ablation}
     tell(f"running circuits of every size on {len(judge)} other pairs")

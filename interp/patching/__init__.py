@@ -8,9 +8,10 @@ from interp.patching.circuit_curve import CircuitCurve, circuit_curve
 from interp.patching.compare_circuits import CircuitMatch, compare
 from interp.patching.edge_scores import EdgeScores
 from interp.patching.edges import edge_attribution
-from interp.patching.faithfulness import CircuitScores, completeness, evaluate_circuits, minimality
+from interp.patching.faithfulness import CircuitScores, evaluate_circuits
 from interp.patching.flow import flow_routes
 from interp.patching.graph import Graph
+from interp.patching.knockouts import completeness, minimality
 from interp.patching.node_scores import AttributionResult
 from interp.patching.options import PatchOptions
 from interp.patching.path import path_patch
