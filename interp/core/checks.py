@@ -17,11 +17,12 @@ __all__ = ["check_positions", "check_residual", "processes_of", "refuse_split"]
 
 
 def _few_ids(hm: "HookManager", n: int) -> Tensor:
+    n = min(n, hm.max_positions or n)
     return torch.arange(1, n + 1, device=hm.device)[None] % max(2, hm.d_vocab - 1)
 
 
 def check_residual(hm: "HookManager") -> None:
-    """Check on four tokens that resid_pre + attn_out + mlp_out = resid_post in every block.
+    """Check on a few tokens that resid_pre + attn_out + mlp_out = resid_post in every block.
 
     A family whose block adds something else (another branch, a multiplier of its own) is found here, not in a
     decomposition that quietly does not sum.
