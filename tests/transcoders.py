@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from interp.core.manager import HookManager
+from interp.data.store import Batch
 from interp.dictionaries.base import Transcoder
 from interp.dictionaries.options import DictionaryOptions
 from interp.testbed.nano import NanoOptions, nano
+from interp.testbed.text import Text
+from interp.train.config import TrainOptions
+from interp.train.trainer import train_dictionary
 
 WORDS = 8
 WIDTH = 24
@@ -88,3 +92,23 @@ def planted() -> tuple[HookManager, dict[int, Transcoder]]:
     first = given(torch.cat([word.T, inert - 0.5 * moved.T], 1), torch.cat([2 * made, silent]), 0)
     last = given(torch.cat([moved.T, inert - 0.5 * moved.T], 1), torch.cat([3 * word, word]), 1)
     return hm, {0: first, 1: last}
+
+
+def trained(hm: HookManager, layers: tuple[int, ...], *, tokens: int = 100_000) -> dict[int, Transcoder]:
+    """Small transcoders of some of the testbed's MLPs."""
+    ids = Text(0).rows(400, 64)[0]
+    run = hm.run(
+        ids, read=[f"{i}.{kind}" for i in layers for kind in ("mlp.in", "mlp_out")], logits="none", batch_size=80
+    )
+    keep = ~hm.special_mask(ids).flatten()
+    found = {}
+    for layer in layers:
+        x, y = (run[f"{layer}.{kind}"].flatten(0, 1)[keep] for kind in ("mlp.in", "mlp_out"))
+        options: Any = {"kind": "batchtopk", "form": "transcoder", "d_sae": 256, "k": 12}
+        made: Any = DictionaryOptions(**options).make(hm.d_model, hm.d_model)
+        order = torch.Generator().manual_seed(0)
+        parts = (i for _ in range(1000) for i in torch.randperm(len(x), generator=order).split(1024)[:-1])
+        run_as = TrainOptions(tokens=tokens, batch_size=1024, buffer_tokens=2048, lr=5e-3)
+        train_dictionary((Batch(x[i], y[i]) for i in parts), made, run_as, progress=False)
+        found[layer] = placed(made, f"{layer}.mlp.in", layer)
+    return found

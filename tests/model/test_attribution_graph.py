@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import DataError
+from interp.core.manager import HookManager
 from interp.core.readout import Readout
 from interp.core.result import Result
 from interp.patching.attribution_graph import AttributionGraph, attribution_graph
@@ -22,8 +23,9 @@ from interp.patching.graph_scores import (
     prune,
     replacement_score,
 )
+from interp.testbed.tasks import task_pairs
 from tests.families import LENGTH, manager, tokens
-from tests.transcoders import mixed, planted, random_transcoder
+from tests.transcoders import mixed, planted, random_transcoder, trained
 
 SOME = ("GPT2", "Llama", "Gemma2", "GPTNeoX", "Cohere", "Granite", "Olmo2")
 some_families = pytest.mark.parametrize("name", SOME)
@@ -198,6 +200,27 @@ def test_ways_through_the_graph_are_those_of_its_matrix() -> None:
     whole = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - passed[:n].T, passed[n:].T).T * found.value[:n]
     assert off(direct, found.adjacency[n:, chosen].T) == 0
     assert off(total.double(), whole[:, chosen].T) < 1e-3 * float(whole.abs().max())
+
+
+@pytest.mark.slow
+def test_on_the_testbed_the_named_features_move_the_answer_and_others_of_their_layers_do_not() -> None:
+    hm = HookManager.load("testbed")
+    held = trained(hm, (0, 1))
+    pairs = task_pairs("ioi", 4).tokens(hm)
+    asked, others = [], []
+    for row in range(4):
+        prompt = pairs.clean.ids[row][pairs.clean.mask[row]]
+        ends = {pairs.answers[row][0][0]: 1.0, pairs.foils[row][0][0]: -1.0}
+        found = attribution_graph(hm, held, prompt, targets={"answer − foil": ends})
+        assert off(found.adjacency.sum(1) + found.constant, found.value) < 1e-3
+        done = confirm(hm, held, found, features=3, controls=4, seed=row)
+        assert off(done.held, done.direct) < 1e-2
+        asked.append(done.attention_held[~done.control].abs())
+        others.append(done.attention_held[done.control].abs())
+        # The features are about the names: they stand where one of the two is.
+        names = {int(i) for i in ends}
+        assert any(int(found.ids[found.pos[i]]) in names for i in done.feature[:3].tolist())
+    assert torch.cat(asked).mean() > 4 * torch.cat(others).mean()
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

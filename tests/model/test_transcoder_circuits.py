@@ -28,7 +28,11 @@ from tests.transcoders import WIDTH, WORDS, given, mixed, placed, planted, rando
 # Learned positions; rotary and grouped queries; post-norms; parallel blocks; one norm for both; multipliers.
 SOME = ("GPT2", "Llama", "Gemma2", "GPTNeoX", "Cohere", "Granite", "Olmo2")
 some_families = pytest.mark.parametrize("name", SOME)
-every_family = pytest.mark.parametrize("name", list(FAMILIES))
+# Windows, sinks, norms of queries and keys, softmax inside of the module; the rest, in the long run, adds nothing new.
+QUICK = (*SOME, "GPTNeo", "OPT", "Bloom", "Qwen3", "Gemma3", "GptOss", "Mixtral")
+every_family = pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 POS = LENGTH - 3
 
 
