@@ -9,9 +9,9 @@ tensor [batch pos sender d_model] of the differences. Both give the same scores,
 import time
 from typing import Any
 
-from figures import Found, interleaved, ratios_of  # sets the number of threads, so before torch
-
+import engine  # noqa: F401  sets the number of threads, so before torch
 import torch
+from figures import Found, interleaved, ratios_of
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
