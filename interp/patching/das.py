@@ -194,8 +194,8 @@ def fit_boundless_das(
         where: As for `subspace_patch`; usually a span.
         held_out: As for `fit_das`.
         options: As for `fit_das`.
-        temperature: τ at the first and at the last step, in dimensions: 50 is for widths of thousands, where at first all
-            rows near the boundary count alike.
+        temperature: τ at the first and at the last step, in dimensions: 50 is for widths of thousands, where at first
+            all rows near the boundary count alike.
         penalty: What all dimensions together cost, in the loss's unit; 0 lets the subspace grow for nothing.
 
     Returns:
