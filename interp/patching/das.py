@@ -144,7 +144,7 @@ def fit_das(
         k: Dimensions, from 1 to the site's width.
         where: As for `subspace_patch`.
         labels: What the causal model says of each pair after the interchange, as token ids; by default any of its
-            foils. With `Labels` that are sometimes the clean answer, doing nothing is sometimes right: compare with
+            foils. Where they are sometimes the clean answer, doing nothing is sometimes right: compare with
             "no patch".
         held_out: The pairs that no fit sees, such as those of other templates; a seeded quarter by default.
         options: Epochs, rates, controls.
@@ -194,7 +194,8 @@ def fit_boundless_das(
         where: As for `subspace_patch`; usually a span.
         held_out: As for `fit_das`.
         options: As for `fit_das`.
-        temperature: τ at the first and at the last step, in dimensions.
+        temperature: τ at the first and at the last step, in dimensions: 50 is for widths of thousands, where at first
+            all rows near the boundary count alike.
         penalty: What all dimensions together cost, in the loss's unit; 0 lets the subspace grow for nothing.
 
     Returns:

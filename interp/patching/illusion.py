@@ -205,10 +205,7 @@ def illusion(
     task = Interchange.of(hm, pairs, site, where=where, batch_size=chosen.batch_size)
     v = _direction(direction, task)
     read = _read_basis(hm, task, reads, chosen.rank_tol)
-    sides, wanted = _labels(task, labels), Labels.of(task.pairs)
-    seen = (v @ read.T) @ read
-    named = {"direction": v, "read part": seen, "unread part": v - seen}
-    parts = {name: part / part.norm() for name, part in named.items() if float(part.norm()) > 1e-3}
+    sides, wanted, parts = _labels(task, labels), Labels.of(task.pairs), _parts(v, read)
     found, placebos = _effects(task, parts, wanted, chosen)
     clean = task.outcome(None, wanted).logit_diff
     evidence = Evidence(
@@ -224,7 +221,7 @@ def illusion(
         site=task.site.short,
         where=described(where),
         direction=v.cpu(),
-        read_share=float(seen @ seen),
+        read_share=float((read @ v).square().sum()),
         read_rank=len(read),
         clean=clean,
         corrupted=task.corrupted_outcome(wanted).logit_diff,
@@ -272,6 +269,13 @@ def _direction(given: Tensor | DAS, task: Interchange) -> Float[Tensor, " d"]:
     if rows.shape != (1, task.width):
         raise ShapeError(f"got directions {tuple(rows.shape)}; {task.site.short} there needs one, {task.width} wide")
     return rows[0].to(task.shift)
+
+
+def _parts(v: Tensor, read: Tensor) -> dict[str, Tensor]:
+    """The direction and the parts of it, as unit vectors; a part that is zero is left out."""
+    seen = (v @ read.T) @ read
+    named = {"direction": v, "read part": seen, "unread part": v - seen}
+    return {name: part / part.norm() for name, part in named.items() if float(part.norm()) > 1e-3}
 
 
 def _read_basis(hm: HookManager, task: Interchange, reads: Tensor | None, tol: float) -> Float[Tensor, "rank d"]:

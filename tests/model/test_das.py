@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -58,9 +59,21 @@ def overlap(found: Tensor, truth: Tensor) -> list[float]:
     return torch.linalg.svdvals(found @ truth.T).tolist()
 
 
+# Fits of many steps run without the type checker, which would take most of their time; shorter ones have it.
+quick = pytest.mark.usefixtures("unchecked")
+
+
 @pytest.fixture(scope="module")
 def fitted() -> DAS:
     hm, pairs, _ = planted()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        return _fit(hm, pairs)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def _fit(hm: HookManager, pairs: PairTokens) -> DAS:
     return fit_das(hm, pairs, SITE, k=2, options=DASOptions(epochs=26, lr=0.1, batch_size=36, progress=False))
 
 
@@ -80,6 +93,7 @@ def test_every_control_fails_where_the_fit_succeeds(fitted: DAS) -> None:
     assert fitted.plot().data[0].y[0] == 1.0
 
 
+@quick
 def test_a_subspace_that_is_too_small_or_too_large() -> None:
     hm, pairs, plane = planted()
     one = fit_das(hm, pairs, SITE, k=1, options=FAST)
@@ -88,6 +102,7 @@ def test_a_subspace_that_is_too_small_or_too_large() -> None:
     assert torch.equal(every.hits["held out"], every.hits["whole site"])
 
 
+@quick
 def test_labels_of_a_causal_model_can_be_given() -> None:
     hm, pairs, plane = planted()
     base, source = pairs.answer_ids[:, 0], pairs.foil_ids[:, 0]
@@ -99,6 +114,7 @@ def test_labels_of_a_causal_model_can_be_given() -> None:
     assert min(overlap(again.basis, plane)) > 0.97
 
 
+@quick
 def test_held_out_pairs_are_the_ones_named_and_no_fit_sees_them() -> None:
     hm, pairs, _ = planted()
     held = [i for i in range(len(pairs)) if int(pairs.clean.ids[i, 0]) == 4]
@@ -111,6 +127,7 @@ def test_held_out_pairs_are_the_ones_named_and_no_fit_sees_them() -> None:
     assert torch.equal(other.basis, found.basis) and other.iia["held out"].mean < 0.6
 
 
+@quick
 def test_a_boundless_fit_finds_the_plane_and_its_size() -> None:
     hm, pairs, plane = planted()
     options = DASOptions(epochs=60, lr=0.05, batch_size=36, controls=("random",), progress=False)
@@ -225,6 +242,7 @@ def test_random_weights_are_another_model_of_the_same_config() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@quick
 def test_the_testbed_carries_number_in_few_directions() -> None:
     hm, pairs = HookManager.load("testbed"), task_pairs("agreement", 64)
     options = DASOptions(epochs=6, batch_size=16, controls=("random",), progress=False)
