@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from interp.core.errors import ConfigError
+from interp.core.frame import Frame
+from interp.core.place import Place
+from interp.core.site import Site
 from interp.core.sweep_cells import CellEdit, Cells
 from interp.core.sweep_schedule import Sizes, Wave, block_weights, check_budget, waves
+from interp.core.where import Where
 
 SIZES = Sizes(batch=2, length=10, d_model=8, n_heads=2, n_kv_heads=1, d_head=4, d_mlp=32, n_logits=3, itemsize=4)
 
@@ -63,7 +67,8 @@ def test_an_edit_touches_its_own_branches_columns_heads_and_units_alone() -> Non
     )
     x = torch.zeros(4 * 2, 3, 2, 3)  # four branches of two rows, columns 3 to 5
     edit = CellEdit("0.z", cells, pick=torch.tensor([2, 1]), low=1, batch=2, first=3)
-    out = edit.edit(x, None)  # type: ignore[arg-type]
+    frame = Frame(ids=None, mask=None, batch=8, length=3, prompt_length=3)
+    out = edit.edit(x, Place(Site("0.z"), frame, Where()))
     expected = torch.zeros(4, 2, 3, 2, 3)
     expected[1, :, 1, 0, 1] = 1.0
     expected[2, 1, 2, 1, 0] = 1.0
