@@ -7,7 +7,7 @@ multipliers, mixtures of experts and soft-caps are the model's.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from interp.core.attention import CURRENT, LayerTap, additive_mask
 from interp.core.engine import Forward
 from interp.core.errors import HookError
 from interp.core.frame import Frame
+from interp.core.intervention import Intervention
 from interp.core.passes import frame_of, logits_to_keep, model_inputs, own_logits
 from interp.core.plan import Plan
 from interp.core.site import Site
@@ -111,13 +112,6 @@ class _Joined(LayerTap):
         return super().attend(kernel, default, module, query, key, value, mask, **kwargs)
 
 
-@dataclass
-class _Recorder:
-    """The state of the base run: which taps look on."""
-
-    taps: dict[int, LayerTap] = field(default_factory=dict)
-
-
 class Replay:
     """A base run whose blocks can be run again.
 
@@ -127,6 +121,7 @@ class Replay:
     Args:
         hm: the model.
         tokens: the batch.
+        write: edits of the embeddings that the base run itself is made with.
 
     Attributes:
         resid: the residual stream before each block, and after the last: n_layers + 1 of [batch pos d_model].
@@ -134,8 +129,8 @@ class Replay:
         why_whole: why columns before an edit cannot be left out, or "".
     """
 
-    def __init__(self, hm: "HookManager", tokens: Tokens) -> None:
-        self.hm, self.tokens = hm, tokens
+    def __init__(self, hm: "HookManager", tokens: Tokens, write: Sequence[Intervention] = ()) -> None:
+        self.hm, self.tokens, self.write = hm, tokens, tuple(write)
         self.batch, self.length = tokens.ids.shape
         self.frame = frame_of(tokens, 0, self.batch)
         self.resid: list[Tensor] = []
@@ -149,10 +144,7 @@ class Replay:
     def _base_run(self) -> Float[Tensor, "batch 1 d_vocab"]:
         ids, mask, positions = model_inputs(self.hm, self.tokens, self.frame)
         keep, pick = logits_to_keep(self.frame, self.hm.caller, "last", False)
-        state, handles = _Recorder(), []
-        for layer, module in enumerate(self._attends):
-            if module is not None:
-                state.taps[id(module)] = _Seen(self._attention.setdefault(layer, []).append)
+        state, handles = Forward(Plan.make(self.hm.atlas, (), self.write), self.frame), []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
             if CURRENT.get() is state and kwargs is not None:
@@ -162,17 +154,20 @@ class Replay:
             if CURRENT.get() is state:
                 self.resid.append(_hidden(output))
 
-        token = CURRENT.set(state)
         try:
             for block in self._blocks:
                 assert block is not None
                 handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             assert block is not None
             handles.append(block.register_forward_hook(after))
-            with torch.no_grad():
-                return own_logits(self.hm.caller(ids, mask=mask, position_ids=positions, keep=keep), pick)
+            with torch.no_grad(), state.attached(self.hm.model):
+                for layer, module in enumerate(self._attends):
+                    if module is not None:
+                        state.taps[id(module)] = _Seen(self._attention.setdefault(layer, []).append)
+                return own_logits(
+                    state.run(lambda: self.hm.caller(ids, mask=mask, position_ids=positions, keep=keep)), pick
+                )
         finally:
-            CURRENT.reset(token)
             for handle in handles:
                 handle.remove()
 
@@ -238,6 +233,8 @@ class Replay:
         ids, mask = given.ids.repeat(branches, 1), given.mask.repeat(branches, 1)
         tokens = replace(given, ids=ids, mask=mask, position_ids=places, spans={})
         whole = [replace(edit, first=0) for edit in edits]
+        if self.write:
+            raise HookError("a sweep whose base run has edits at the embedding cannot try further ones there")
         return self.hm.run(tokens, read=["0.resid_pre"], write=whole)["0.resid_pre"][:, start:]
 
     def off(self, start: int) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from interp.core.checks import check_residual, refuse_split
 from interp.core.errors import ConfigError, HookError, InterpError, ModelError, ShapeError, SiteError
-from interp.core.intervention import Edit
+from interp.core.intervention import Intervention
 from interp.core.metrics import Metric
 from interp.core.passes import frame_of, refuse_inside_block
 from interp.core.plan import Plan
@@ -33,9 +33,8 @@ from interp.core.readout import Readout
 from interp.core.replay import Replay, answer_stream
 from interp.core.run import Run
 from interp.core.site import Site
-from interp.core.sweep_cells import Cells, edits_at
+from interp.core.sweep_cells import Cells, edits_at, plain_edit
 from interp.core.sweep_schedule import Sizes, Wave, block_weights, check_budget, default_budget, waves
-from interp.core.where import Where
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -73,6 +72,7 @@ class Sweep:
         cells: what to try, site by site.
         metrics: what to measure; a `Metric` needs the logits of its own tokens alone, any other function of a `Run` is
             given each branch's last logits [batch 1 d_vocab].
+        write: edits that the base run and every branch are made with, such as noise at "embed"; at the embedding only.
         engine: one of `ENGINES`. One that is named and not exact on this model is refused.
         budget_bytes: how much a block call may take; None decides from the device.
 
@@ -96,6 +96,7 @@ class Sweep:
         cells: Sequence[Cells],
         metrics: Sequence[Metric | Callable[[Run], Tensor]],
         *,
+        write: Sequence[Intervention] = (),
         engine: str = "auto",
         budget_bytes: int | None = None,
     ) -> None:
@@ -105,7 +106,7 @@ class Sweep:
         hm._refuse_training("a sweep")
         refuse_inside_block(hm, "sweep")
         self.hm, self.tokens = hm, hm.to_tokens(tokens)
-        self.cells, self.metrics = list(cells), list(metrics)
+        self.cells, self.metrics, self.write = list(cells), list(metrics), list(write)
         self.batch, self.length = self.tokens.ids.shape
         self._check()
         self.ends = frame_of(self.tokens, 0, self.batch).ends()
@@ -124,7 +125,10 @@ class Sweep:
         if not self.cells or not self.metrics:
             raise ShapeError("a sweep needs at least one Cells and one metric")
         kinds = set()
-        for held in self.cells:
+        inside = next((e for e in self.write if Site(e.site).kind not in _FRONT), None)
+        if inside is not None:
+            raise SiteError(f"write=[…] of a sweep acts at the embedding, not at {Site(inside.site).short}; edit there")
+        for held in (part for given in self.cells for part in given.parts):
             site = Site(held.site)
             point = self.hm.atlas.point(site)
             if point.read_only:
@@ -135,7 +139,7 @@ class Sweep:
                     f"[{self.batch}, {self.length}] [batch pos]"
                 )
             kinds.add(site.kind)
-        points = tuple(self.hm.atlas.point(Site(c.site)) for c in self.cells)
+        points = tuple(self.hm.atlas.point(Site(p.site)) for c in self.cells for p in c.parts)
         refuse_split(self.hm.model, Plan((), (), points))
         if kinds & {"attn_out", "mlp_out"}:
             check_residual(self.hm)
@@ -143,7 +147,8 @@ class Sweep:
     def _index(self) -> None:
         """Where each cell is, which rows it edits and from which column on."""
         real = self.tokens.mask.cpu()
-        columns = torch.cat([c.columns.cpu() & real for c in self.cells])
+        edited = [torch.stack([part.columns.cpu() for part in c.parts]).any(0) for c in self.cells]
+        columns = torch.cat(edited) & real
         layers = [Site(c.site).layer for c in self.cells]
         self._owner = torch.repeat_interleave(
             torch.arange(len(self.cells)), torch.tensor([len(c) for c in self.cells], dtype=torch.long)
@@ -153,7 +158,6 @@ class Sweep:
         self.changed_rows: Bool[Tensor, "cell batch"] = columns.any(2)
         self.unchanged: Bool[Tensor, " cell"] = ~self.changed_rows.any(1)
         self._starts = columns.any(1).int().argmax(1)
-        self._columns = columns
 
     def _prepare(self, engine: str) -> None:
         """Make the base run and choose the plan."""
@@ -165,7 +169,7 @@ class Sweep:
         if engine == "naive" or self.replay is None:
             if engine not in ("auto", "naive"):
                 raise ModelError(f"engine={engine!r} is not exact here: {why}; use engine='auto' or 'naive'")
-            self.plan, logits = "naive", self.hm.run(self.tokens, logits="last").logits
+            self.plan, logits = "naive", self.hm.run(self.tokens, write=self.write, logits="last").logits
             self.notes.append("naive plan: one forward per cell" + (f" ({why})" if why else ""))
         else:
             logits = self.replay.logits
@@ -180,7 +184,7 @@ class Sweep:
         if late:
             return f"{late[0]} lies after the last block"
         try:
-            replay = Replay(self.hm, self.tokens)
+            replay = Replay(self.hm, self.tokens, self.write)
             readout = Readout.of(self.hm)
             readout.check(answer_stream(replay.resid[-1][None], self.ends)[0], replay.logits[:, 0])
         except (HookError, ModelError) as err:
@@ -288,7 +292,7 @@ class Sweep:
             x = replay.front(at, self._edits(wave, 0, at, start), start=start)
         for layer in range(max(0, wave.first), self.hm.n_layers):
             new = int((wave.layers == layer).sum())
-            edits = self._edits(wave, at, new, start)
+            edits = (*self._edits(wave, at, new, start), *self._later(wave, layer, at + new, start))
             fresh = replay.resid[layer][:, start:].repeat(new, 1, 1) if new else None
             parts = [p for p in (x, fresh) if p is not None]
             x = parts[0] if len(parts) == 1 else torch.cat([parts[0].to(parts[1].device), parts[1]])
@@ -307,6 +311,16 @@ class Sweep:
         for owner in owners.unique().tolist():
             mine = (owners == owner).nonzero()[:, 0]
             jobs.append((self.cells[owner], numbers[mine] - self._offset[owner], low + int(mine[0])))
+        return edits_at(jobs, batch=self.batch, first=start)
+
+    def _later(self, wave: Wave, layer: int, n: int, start: int) -> tuple[Any, ...]:
+        """The edits of a block that go with cells which began at it or before."""
+        owners = self._owner[wave.cells[:n]]
+        jobs = []
+        for owner in owners.unique().tolist():
+            mine = (owners == owner).nonzero()[:, 0]
+            pick = wave.cells[mine] - self._offset[owner]
+            jobs += [(part, pick, int(mine[0])) for part in self.cells[owner].then if Site(part.site).layer == layer]
         return edits_at(jobs, batch=self.batch, first=start)
 
     @torch.no_grad()
@@ -350,22 +364,10 @@ class Sweep:
         """One forward per cell, through an ordinary edit: the oracle of the other plans."""
         for number in cells.tolist():
             owner = int(self._owner[number])
-            held, pick = self.cells[owner], torch.tensor([number - int(self._offset[owner])])
-
-            def put(x: Tensor, held: Cells = held, pick: Tensor = pick) -> Tensor:
-                value = held.new(x[None], pick, 0)[0].expand_as(x)
-                if held.units is not None:
-                    at = torch.arange(x.shape[-1], device=x.device) == int(held.units[pick])
-                    value = torch.where(at, value, x)
-                if held.src is None:
-                    return value
-                keys = held.src[pick[0]].to(x.device)[:, None, None, : x.shape[-1]]
-                return torch.where(keys, value, x)
-
-            head = None if held.heads is None else int(held.heads[pick])
-            where = Where(mask=self._columns[number], head=head)
+            pick = torch.tensor([number - int(self._offset[owner])])
+            edits = [one for part in self.cells[owner].parts if (one := plain_edit(part, pick, self.tokens.mask.cpu()))]
             with _quiet():
-                out = self.hm.run(self.tokens, write=[Edit(held.site, put, where=where)], logits="last")
+                out = self.hm.run(self.tokens, write=[*self.write, *edits], logits="last")
             values = torch.stack([self._measured(metric, out) for metric in self.metrics])[:, None]
             yield Finished(torch.tensor([number]), self._settled(torch.tensor([number]), values))
 
@@ -413,6 +415,7 @@ def sweep(
     cells: Sequence[Cells],
     metrics: Sequence[Metric | Callable[[Run], Tensor]],
     *,
+    write: Sequence[Intervention] = (),
     engine: str = "auto",
     budget_bytes: int | None = None,
 ) -> SweepValues:
@@ -421,7 +424,7 @@ def sweep(
     Memory: the values; the base run's streams, keys and values; and `budget_bytes` for the branches.
 
     Args:
-        hm, tokens, cells, metrics, engine, budget_bytes: as for `Sweep`.
+        hm, tokens, cells, metrics, write, engine, budget_bytes: as for `Sweep`.
 
     Returns:
         Values in the order of the cells.
@@ -429,7 +432,7 @@ def sweep(
     Raises:
         InterpError: as for `Sweep`.
     """
-    ready = Sweep(hm, tokens, cells, metrics, engine=engine, budget_bytes=budget_bytes)
+    ready = Sweep(hm, tokens, cells, metrics, write=write, engine=engine, budget_bytes=budget_bytes)
     values = torch.full((len(ready.metrics), len(ready), ready.batch), torch.nan)
     for done in ready:
         values[:, done.cells] = done.values

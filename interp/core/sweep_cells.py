@@ -14,11 +14,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.core.errors import ShapeError, SiteError
-from interp.core.intervention import Intervention
+from interp.core.intervention import Edit, Intervention
 from interp.core.place import Place
 from interp.core.site import Site
+from interp.core.where import Where
 
-__all__ = ["CellEdit", "Cells", "NewValues", "edits_at"]
+__all__ = ["CellEdit", "Cells", "NewValues", "edits_at", "plain_edit"]
 
 NewValues = Callable[[Tensor, Tensor, int], Tensor]
 """Gives the values of some cells: (x [n batch pos' …], which cells [n], first column) → a tensor broadcastable to x."""
@@ -42,6 +43,8 @@ class Cells:
         heads: for sites with heads, the one head that each cell edits; None for all.
         units: the one entry of the last axis (such as a neuron) that each cell edits; None for all.
         src: for pattern and attn_scores, the key columns that each cell edits; None for all.
+        then: further edits that go with the same cells, at this block or later ones: cell i of each belongs to cell i
+            here. A window of layers is patched so.
 
     Raises:
         ShapeError: shapes that do not fit each other.
@@ -54,6 +57,7 @@ class Cells:
     heads: Int[Tensor, " cell"] | None = None
     units: Int[Tensor, " cell"] | None = None
     src: Bool[Tensor, "cell batch pos"] | None = field(default=None)
+    then: "tuple[Cells, ...]" = ()
 
     def __post_init__(self) -> None:
         site = Site(self.site)
@@ -73,8 +77,20 @@ class Cells:
             if given is not None and len(given) != len(self.columns):
                 raise ShapeError(f"Cells({name}=…) at {site.short}: {len(given)} for {len(self.columns)} cells")
 
+        for more in self.then:
+            if len(more) != len(self) or (Site(more.site).layer or 0) < (site.layer or 0) or more.then:
+                raise ShapeError(
+                    f"Cells(then=…) at {site.short}: expected {len(self)} cells at this block or a later one, got "
+                    f"{len(more)} at {Site(more.site).short}"
+                )
+
     def __len__(self) -> int:
         return len(self.columns)
+
+    @property
+    def parts(self) -> "tuple[Cells, ...]":
+        """This and what goes with it."""
+        return (self, *self.then)
 
     @classmethod
     def replacing(
@@ -209,3 +225,29 @@ def edits_at(sites: Sequence[tuple[Cells, Int[Tensor, " n"], int]], *, batch: in
     return tuple(
         CellEdit(cells.site, cells, pick=pick, low=low, batch=batch, first=first) for cells, pick, low in sites
     )
+
+
+def plain_edit(cells: Cells, pick: Int[Tensor, " one"], mask: Bool[Tensor, "batch pos"]) -> Edit | None:
+    """Return one cell as an ordinary edit of the whole batch, or None where it edits nothing: the naive loop's.
+
+    Args:
+        cells: the cells.
+        pick: which one.
+        mask: True where a token is real.
+    """
+    columns = cells.columns[pick[0]].cpu() & mask
+    if not bool(columns.any()):
+        return None
+
+    def put(x: Tensor) -> Tensor:
+        value = cells.new(x[None], pick, 0)[0].expand_as(x)
+        if cells.units is not None:
+            at = torch.arange(x.shape[-1], device=x.device) == int(cells.units[pick])
+            value = torch.where(at, value, x)
+        if cells.src is None:
+            return value
+        keys = cells.src[pick[0]].to(x.device)[:, None, None, : x.shape[-1]]
+        return torch.where(keys, value, x)
+
+    head = None if cells.heads is None else int(cells.heads[pick])
+    return Edit(cells.site, put, where=Where(mask=columns, head=head))

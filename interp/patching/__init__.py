@@ -2,6 +2,7 @@
 
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
+from interp.patching.causal_trace import CausalTrace, causal_trace
 from interp.patching.attribution import Latents, attribute
 from interp.patching.circuit import Circuit
 from interp.patching.circuit_curve import CircuitCurve, circuit_curve

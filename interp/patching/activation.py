@@ -140,7 +140,8 @@ def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: Patc
     if isinstance(clean, PromptPairs | PairTokens):
         if corrupted is not None:
             raise DataError("pairs hold their corrupted prompts; give activation_patch(hm, pairs, sites=…)")
-        pairs = clean.tokens(hm) if isinstance(clean, PromptPairs) else clean
+        even = options.by not in ("span", "span_head")
+        pairs = clean.tokens(hm, same_length=even) if isinstance(clean, PromptPairs) else clean
         job = _Job(pairs.clean, pairs.corrupted, pairs)
     else:
         if corrupted is None or metric is None:
