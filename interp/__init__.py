@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from interp.data.pairs import PromptPairs
     from interp.data.statistics import activation_statistics
     from interp.data.store import ActivationStore
+    from interp.data.tasks.make import make_pairs
     from interp.dictionaries.base import SAE, Transcoder
     from interp.evaluate.dark_matter import dark_matter
     from interp.evaluate.description_length import description_length
@@ -50,13 +51,34 @@ if TYPE_CHECKING:
     from interp.evaluate.labels import label_scores
     from interp.evaluate.pairs import pair_accuracy
     from interp.evaluate.top_examples import top_examples
+    from interp.lens.direct import direct_logit_attribution
+    from interp.lens.effect import direct_effect
     from interp.lens.logit_lens import logit_lens
+    from interp.lens.tuned_fit import fit_tuned_lens
+    from interp.lens.tuned_lens import TunedLens, tuned_lens
     from interp.patching.activation import activation_patch
+    from interp.patching.attribution import attribute
+    from interp.patching.attribution_graph import attribution_graph
+    from interp.patching.causal_trace import causal_trace
+    from interp.patching.circuit import Circuit
+    from interp.patching.circuit_curve import circuit_curve
+    from interp.patching.das import fit_das
+    from interp.patching.dfa import dfa
+    from interp.patching.edges import edge_attribution
+    from interp.patching.faithfulness import evaluate_circuits
+    from interp.patching.illusion import illusion
+    from interp.patching.options import PatchOptions
+    from interp.patching.path import path_patch
+    from interp.patching.screening import screen_and_verify
+    from interp.patching.scrub import scrub
+    from interp.patching.subspace import subspace_patch
+    from interp.patching.transcoder_circuits import pre_activation_attribution
     from interp.probing.induction import induction_scores
     from interp.report.attention import show_attention
     from interp.report.latents import show_latents
     from interp.report.statistics import show_statistics
     from interp.report.tokens import show_tokens
+    from interp.testbed.model_tasks import model_pairs, model_tasks
 
 __version__ = "0.1.0"
 
@@ -112,6 +134,34 @@ _NAMES_BY_MODULE = {
     "report.latents": ("show_latents",),
     "report.statistics": ("show_statistics",),
     "report.tokens": ("show_tokens",),
+    "data.tasks.make": ("make_pairs",),
+    "testbed.model_tasks": (
+        "model_pairs",
+        "model_tasks",
+    ),
+    "lens.direct": ("direct_logit_attribution",),
+    "lens.effect": ("direct_effect",),
+    "lens.tuned_fit": ("fit_tuned_lens",),
+    "lens.tuned_lens": (
+        "TunedLens",
+        "tuned_lens",
+    ),
+    "patching.attribution": ("attribute",),
+    "patching.attribution_graph": ("attribution_graph",),
+    "patching.causal_trace": ("causal_trace",),
+    "patching.circuit": ("Circuit",),
+    "patching.circuit_curve": ("circuit_curve",),
+    "patching.das": ("fit_das",),
+    "patching.dfa": ("dfa",),
+    "patching.edges": ("edge_attribution",),
+    "patching.faithfulness": ("evaluate_circuits",),
+    "patching.illusion": ("illusion",),
+    "patching.options": ("PatchOptions",),
+    "patching.path": ("path_patch",),
+    "patching.screening": ("screen_and_verify",),
+    "patching.scrub": ("scrub",),
+    "patching.subspace": ("subspace_patch",),
+    "patching.transcoder_circuits": ("pre_activation_attribution",),
 }
 _HOMES = {name: f"interp.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
 
@@ -123,6 +173,7 @@ __all__ = [
     "Affine",
     "ArtifactError",
     "CaptureOptions",
+    "Circuit",
     "ConfigError",
     "DataError",
     "Edit",
@@ -133,6 +184,7 @@ __all__ = [
     "InterpError",
     "ModelError",
     "ModelMap",
+    "PatchOptions",
     "Project",
     "PromptPairs",
     "Replace",
@@ -146,26 +198,48 @@ __all__ = [
     "Splice",
     "Tokens",
     "Transcoder",
+    "TunedLens",
     "Where",
     "WhereError",
     "__version__",
     "activation_patch",
     "activation_statistics",
+    "attribute",
+    "attribution_graph",
     "capture",
+    "causal_trace",
+    "circuit_curve",
     "dark_matter",
     "description_length",
+    "dfa",
+    "direct_effect",
+    "direct_logit_attribution",
+    "edge_attribution",
     "evaluate_all",
+    "evaluate_circuits",
     "evaluate_dictionary",
+    "fit_das",
+    "fit_tuned_lens",
+    "illusion",
     "induction_scores",
     "label_scores",
     "logit_diff",
     "logit_lens",
+    "make_pairs",
+    "model_pairs",
+    "model_tasks",
     "pair_accuracy",
+    "path_patch",
+    "pre_activation_attribution",
+    "screen_and_verify",
+    "scrub",
     "show_attention",
     "show_latents",
     "show_statistics",
     "show_tokens",
+    "subspace_patch",
     "top_examples",
+    "tuned_lens",
 ]
 
 

@@ -2,8 +2,8 @@
 
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
-from interp.patching.causal_trace import CausalTrace, causal_trace
 from interp.patching.attribution import Latents, attribute
+from interp.patching.causal_trace import CausalTrace, causal_trace
 from interp.patching.circuit import Circuit
 from interp.patching.circuit_curve import CircuitCurve, circuit_curve
 from interp.patching.compare_circuits import CircuitMatch, compare
@@ -26,6 +26,7 @@ from interp.patching.select_edges import edges_above, greedy_edges, top_edges, t
 
 __all__ = [
     "AttributionResult",
+    "CausalTrace",
     "Circuit",
     "CircuitCurve",
     "CircuitMatch",
@@ -40,6 +41,7 @@ __all__ = [
     "ScrubResult",
     "activation_patch",
     "attribute",
+    "causal_trace",
     "circuit_curve",
     "compare",
     "completeness",
