@@ -16,7 +16,7 @@ from interp.dictionaries.options import DictionaryOptions
 
 README = source.REPO / "README.md"
 DICTIONARIES, PATCHING = (source.PACKAGE / room / "README.md" for room in ("dictionaries", "patching"))
-GUIDES = (DICTIONARIES, PATCHING)
+GUIDES = (DICTIONARIES, PATCHING, source.REPO / "configs/README.md")
 
 
 def verbs() -> str:
@@ -25,14 +25,23 @@ def verbs() -> str:
 
 
 def methods() -> str:
-    """The methods that have a name of `interp`, a row each: the call, its docstring's opening, its module's source."""
-    rows = [row for room in ("evaluate", *sorted(source.FAMILIES)) for row in _rows_of(room)]
+    """The other methods that have a name of `interp`, a row each: the call, its docstring's opening, its module's source."""
+    rooms = ("evaluate", *sorted(source.FAMILIES - {"lens", "patching"}))  # those two have a guide of their own
+    rows = [row for room in rooms for row in _rows_of(room)]
     return _table(("function", "what it does", "source"), [row for row in rows if row[0].count(".") == 1])
 
 
 def circuits() -> str:
-    """Every public function of the rooms that the guide to circuits is about, a row each."""
-    return _table(("function", "what it does", "source"), [*_rows_of("patching"), *_rows_of("lens")])
+    """The functions that the rooms `patching` and `lens` offer under their own names, a row each."""
+    rows = []
+    for room in ("patching", "lens"):
+        offered = set(source.exported(source.PACKAGE / room / "__init__.py") or [])
+        for call, what, origin in _rows_of(room):
+            name = call.strip("`").rpartition(".")[2]
+            if name in offered:
+                shown = call if call.count(".") == 1 else f"`interp.{room}.{name}`"
+                rows.append((shown, what, origin))
+    return _table(("function", "what it does", "source"), rows)
 
 
 def dictionaries() -> str:
@@ -64,7 +73,8 @@ def renewed(page: Path) -> str:
 
 
 def _rows_of(room: str) -> list[tuple[str, str, str]]:
-    return [row for path in source.modules() if path.parent.name == room for row in _rows(path)]
+    inside = source.PACKAGE / room
+    return [row for path in source.modules() if inside in path.parents for row in _rows(path)]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str, str]]:
