@@ -21,6 +21,7 @@ from interp.core.attribute import Interpolate, Path, gradient_run, gradient_runs
 from interp.core.errors import ConfigError, ModelError
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
+from interp.core.metrics import Metric
 from interp.core.rules import check_rule, holds_scales, rule_edits
 from interp.core.run import Run
 from interp.data.pair_tokens import PairTokens
@@ -46,7 +47,7 @@ def edge_attribution(
     path: str | Path = "none",
     mode: str = "denoise",
     at: str | None = None,
-    metric: object = None,
+    metric: str | Metric | Callable[[Run], Tensor] | None = None,
     per_position: bool = False,
 ) -> EdgeScores:
     """Estimate what patching each edge does to the metric.

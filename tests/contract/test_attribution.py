@@ -230,7 +230,7 @@ def test_pads_change_nothing(name: str, side: str, rule: str) -> None:
     for place in among.places:
         assert torch.allclose(among.totals[place][:, :1], alone.totals[place], atol=1e-4, rtol=1e-3)
     if rule != "atp*":
-        rest = PairTokens.of_ids(*(x[1:] for x in ids()), torch.tensor([4, 5]), torch.tensor([7, 8]))
+        rest = PairTokens.of_ids(ids()[0][1:], ids()[1][1:], torch.tensor([4, 5]), torch.tensor([7, 8]))
         wanted = (
             edge_attribution(hm, unpadded_row(), rule=rule).scores + 2 * edge_attribution(hm, rest, rule=rule).scores
         )
@@ -257,7 +257,7 @@ def test_grouped_keys_are_the_sum_of_repeated_ones() -> None:
     for column, node in enumerate(few.graph.receivers):
         if node.kind in "kv":
             names = [f"a{node.layer}.h{2 * node.head + i}<{node.kind}>" for i in range(2)]
-            wanted = sum(many.scores[:, many.graph.receiver(name)] for name in names)
+            wanted = torch.stack([many.scores[:, many.graph.receiver(name)] for name in names]).sum(0)
         else:
             wanted = many.scores[:, many.graph.receiver(node.name)]
         assert close(few.scores[:, column], wanted, 1e-4), node.name

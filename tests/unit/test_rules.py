@@ -107,7 +107,7 @@ def test_a_rule_is_the_hand_written_model_with_its_terms_detached(rule: str, mlp
     run = gradient_run(hm, hm.to_tokens(IDS), read=reads, metric=metric, rule=rule)
     start = run["0.resid_pre"].clone().requires_grad_(True)
     kept, value = by_hand(hm, rule, start)
-    assert torch.allclose(run.metric, value, atol=1e-5)
+    assert run.metric is not None and torch.allclose(run.metric, value, atol=1e-5)
     names = [name for name in reads if name in kept]
     found = torch.autograd.grad(value.sum(), [start, *(kept[name] for name in names)], allow_unused=True)
     for name, gradient in zip(["0.resid_pre", *names], found, strict=True):
