@@ -180,14 +180,14 @@ class LayerTap:
         **kwargs: Any,
     ) -> Any:
         """Call the kernel as the model would, with this run's edits and reads around it."""
-        query, key = self.rotated(query, key)
-        return self.attend(kernel, default, module, query, key, value, attention_mask, **kwargs)
+        query, key = self._rotated(query, key)
+        return self._attend(kernel, default, module, query, key, value, attention_mask, **kwargs)
 
-    def rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotated(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys after the edits at rot_q and rot_k; they have been read."""
         return self._heads("rot_q", query), self._keys(key)
 
-    def attend(
+    def _attend(
         self,
         kernel: Callable[..., Any],
         default: Callable[..., Any] | None,

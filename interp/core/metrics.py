@@ -39,6 +39,19 @@ class Metric:
     def __name__(self) -> str:
         return self.name
 
+    def of_rows(self, rows: Int[Tensor, " row"]) -> "Metric":
+        """Return the same metric of some of the examples alone, in the order given.
+
+        Args:
+            rows: which examples.
+        """
+
+        def of(logits: Tensor, at: Tensor) -> Tensor:
+            return self.of(logits, rows.to(at.device).index_select(0, at))
+
+        weights = None if self.weights is None else self.weights[rows.to(self.weights.device)]
+        return Metric(self.name, of, len(rows), self.columns, weights)
+
     def __call__(
         self, out: Run | Float[Tensor, "batch pos d_vocab"], *, mask: Bool[Tensor, "batch width"] | None = None
     ) -> Float[Tensor, " batch"]:

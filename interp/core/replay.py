@@ -74,7 +74,7 @@ class _Seen(LayerTap):
         super().__init__({})
         self.keep = keep
 
-    def attend(
+    def _attend(
         self,
         kernel: Callable[..., Any],
         default: Any,
@@ -97,7 +97,7 @@ class _Joined(LayerTap):
         super().__init__(inner.sites, n_kv_heads=inner.n_kv_heads)
         self.past, self.start = past, start
 
-    def attend(
+    def _attend(
         self,
         kernel: Callable[..., Any],
         default: Any,
@@ -109,7 +109,7 @@ class _Joined(LayerTap):
         **kwargs: Any,
     ) -> Any:
         key, value, mask = self.past.joined(key, value, self.start)
-        return super().attend(kernel, default, module, query, key, value, mask, **kwargs)
+        return super()._attend(kernel, default, module, query, key, value, mask, **kwargs)
 
 
 class Replay:

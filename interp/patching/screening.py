@@ -1,6 +1,5 @@
 """Screen many nodes by attribution, patch the best of them exactly, and say how far the screening can be trusted."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -10,14 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
-from interp.core.intervention import Replace
 from interp.core.manager import HookManager
 from interp.core.metrics import Metric
 from interp.core.result import Result
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.stats import pearson, spearman
-from interp.core.where import Where
+from interp.core.sweep import sweep
+from interp.core.sweep_cells import Cells
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
 from interp.patching.attribution import attribute
@@ -172,26 +171,27 @@ def screen_and_verify(
 
 
 def _exact(hm: HookManager, sides: Sides, totals: dict[str, Tensor], wanted: Tensor) -> Float[Tensor, " wanted"]:
-    """The mean effects of some nodes, by their number, each patched alone at every position."""
-    units = [(place, unit, len(values)) for place, values in totals.items() for unit in range(len(values))]
-    places = sorted({units[i][0] for i in wanted.tolist()})
+    """The mean effects of some nodes, by their number, each patched alone at every position: one sweep."""
+    units = [(place, unit) for place, values in totals.items() for unit in range(len(values))]
+    rows: dict[str, list[int]] = {}
+    for row, number in enumerate(wanted.tolist()):
+        rows.setdefault(units[number][0], []).append(row)
+    for place in rows:
+        if len(totals[place]) > 1 and not _headed(place):
+            raise DataError(f"{place} has {len(totals[place])} units that are no heads; verify heads or whole vectors")
     total = torch.zeros(len(wanted), dtype=torch.float64)
-    from tqdm import tqdm
-
     for part in sides.parts(hm):
         tokens = part.side(sides.patched)
-        source = hm.run(part.side(str(sides.inserted)), read=places)
-        base = part.metric(hm.run(tokens, logits="last"))
-        # None: a bar only where stderr is a terminal.
-        for row, number in enumerate(tqdm(wanted.tolist(), desc="verifying", unit="node", disable=None)):
-            place, unit, count = units[number]
-            edit = Replace(place, source, where=Where(head=unit) if _headed(place) else Where())
-            if count > 1 and not _headed(place):
-                raise DataError(f"{place} has {count} units that are no heads; verify heads or whole vectors")
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*changed nothing")
-                effect = part.metric(hm.run(tokens, write=[edit], logits="last")) - base
-            total[row] += effect.double().sum().cpu()
+        source = hm.run(part.side(str(sides.inserted)), read=list(rows))
+        base = hm.run(tokens, read=list(rows))
+        cells = []
+        for place, mine in rows.items():
+            heads = torch.tensor([units[int(wanted[row])][1] for row in mine]) if _headed(place) else None
+            columns = tokens.mask.expand(len(mine), *tokens.mask.shape)
+            cells.append(Cells.replacing(place, source[place], columns, base=base[place], heads=heads))
+        found = sweep(hm, tokens, cells, [part.metric])
+        effects = (found.values[0] - found.base[0]).double().sum(1)
+        total.index_add_(0, torch.tensor([row for mine in rows.values() for row in mine]), effects)
     return (total / len(sides)).float()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError, ShapeError, nearest
 from interp.core.manager import HookManager
-from interp.core.metrics import Metric, answer_logits
+from interp.core.metrics import Metric
 from interp.core.result import Provenance
 from interp.core.run import Run
 from interp.core.text import Tokens
@@ -210,16 +210,7 @@ def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
 
 
 def _of_rows(metric: Any, rows: Tensor) -> Callable[[Run], Tensor]:
-    if not isinstance(metric, Metric):
-        return _checked(metric)
-
-    def of(out: Run) -> Tensor:
-        logits = answer_logits(out)
-        if metric.columns is not None:
-            logits = logits.index_select(1, metric.columns.to(logits.device))
-        return metric.of(logits, rows.to(logits.device))
-
-    return of
+    return metric.of_rows(rows) if isinstance(metric, Metric) else _checked(metric)
 
 
 def _checked(metric: Callable[[Run], Tensor]) -> Callable[[Run], Tensor]:

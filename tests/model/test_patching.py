@@ -13,10 +13,12 @@ from interp.core.intervention import Ablate, Replace
 from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.run import Run
+from interp.core.site import Site
 from interp.core.where import Where
 from interp.data.pairs import PromptPairs
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
+from interp.patching.optimal import optimal_values
 from interp.patching.options import PatchOptions
 from interp.patching.result import PatchResult
 from interp.testbed.tasks import task_pairs
@@ -268,3 +270,20 @@ def test_indirect_objects_are_moved_by_few_heads_and_read_at_the_end() -> None:
     heads = activation_patch(hm, pairs, sites="z").normalized()
     strong = heads.flatten().sort(descending=True).values
     assert float(strong[0]) > 0.2 and float(strong[len(strong) // 2].abs()) < 0.1
+
+
+def test_the_optimal_constant_hurts_less_than_the_mean_and_zero_and_is_one_per_head() -> None:
+    hm, pairs = manager("GPT2"), ragged()
+    tokens = pairs.tokens(hm)
+    values = optimal_values(hm, pairs, ["2.z"], steps=25)
+    assert [tuple(v.shape) for v in values.values()] == [(hm.n_heads, hm.d_head)]
+    real = hm.run(tokens.clean, read=["2.z"])["2.z"][tokens.clean.mask]
+    mean = {Site("2.z"): real.mean(0)}
+    losses = {
+        name: activation_patch(hm, pairs, sites=["2.z"], metric="kl", options=PatchOptions(ablation=how, values=given))
+        for name, how, given in (("best", "given", values), ("mean", "given", mean), ("zero", "zero", None))
+    }
+    mean_of = {name: result.patched.mean(-1)[0] for name, result in losses.items()}
+    assert bool((mean_of["best"] <= mean_of["mean"] + 1e-5).all()) and bool((mean_of["best"] <= mean_of["zero"]).all())
+    assert float((mean_of["best"] / mean_of["mean"]).min()) < 0.9
+    assert all(parameter.grad is None for parameter in hm.model.parameters())
