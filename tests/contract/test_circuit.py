@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 BY_HAND = 5e-5  # loops round otherwise than the model's kernels do; logits are of size 20
 
 # Fused and plain projections, grouped queries, parallel blocks with one norm and with two, norms after the heads,
-# q/k-norms, residual multipliers, soft-caps, MLPs that see batch and positions as one axis; the other families are slow.
+# q/k-norms, residual multipliers, soft-caps, MLPs that see batch and positions as one axis. The rest is slow.
 DEFAULT = ("GPT2", "GPTJ", "OPT", "FalconNew", "Llama", "Qwen3", "Gemma2", "Olmo2", "Granite")
 MIXTURES = ("Mixtral", "Qwen2Moe", "GptOss")  # what a row gets rounds with the number of rows
 SANDWICH = ("Gemma2", "Gemma3", "Gemma3Multimodal", "Olmo2")
