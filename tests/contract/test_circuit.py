@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,21 +28,8 @@ TOLERANCE = 1e-5
 BY_HAND = 5e-5  # loops round otherwise than the model's kernels do; logits are of size 20
 
 # Fused and plain projections, grouped queries, parallel blocks with one norm and with two, norms after the heads,
-# q/k-norms, residual multipliers, soft-caps, mixtures, MLPs that see batch and positions as one axis.
-DEFAULT = (
-    "GPT2",
-    "GPTJ",
-    "GPTNeoX",
-    "OPT",
-    "Bloom",
-    "FalconNew",
-    "Llama",
-    "Qwen3",
-    "Gemma2",
-    "Olmo2",
-    "Granite",
-    "Phi3",
-)
+# q/k-norms, residual multipliers, soft-caps, MLPs that see batch and positions as one axis. The rest is slow.
+DEFAULT = ("GPT2", "GPTJ", "OPT", "FalconNew", "Llama", "Qwen3", "Gemma2", "Olmo2", "Granite")
 MIXTURES = ("Mixtral", "Qwen2Moe", "GptOss")  # what a row gets rounds with the number of rows
 SANDWICH = ("Gemma2", "Gemma3", "Gemma3Multimodal", "Olmo2")
 families = pytest.mark.parametrize(
@@ -276,20 +264,21 @@ def test_any_set_of_removed_edges_is_what_the_loops_make_of_it(name: str, share:
 
 def pairs(name: str, rows: int = 4) -> PairTokens:
     answers = torch.arange(1, rows + 1)
-    return PairTokens.of_ids(tokens(rows, WIDTH), tokens(rows, WIDTH, seed=1), answers, answers + 10)
+    made = PairTokens.of_ids(tokens(rows, WIDTH), tokens(rows, WIDTH, seed=1), answers, answers + 10)
+    return replace(made, meta=tuple({"template": "abb"[i % 3]} for i in range(rows)))
 
 
 def some_circuits(graph: Graph, n: int = 5) -> list[Circuit]:
     return [Circuit(graph, graph.allowed & (torch.rand(graph.allowed.shape) < 0.2 * i)) for i in range(1, n + 1)]
 
 
-@pytest.mark.parametrize("ablation", [a for a in ABLATIONS if a != "mean"])
+@pytest.mark.parametrize("ablation", ABLATIONS)
 def test_values_do_not_depend_on_how_the_work_is_cut(ablation: str) -> None:
     hm, held = manager("Llama"), pairs("Llama")
     whole = CircuitRuns(hm, held, ablation=ablation)
-    circuits = some_circuits(whole.graph)
+    circuits = some_circuits(whole.graph, 3)
     wanted = whole.values(circuits)
-    for size, most in ((1, 2**28), (3, 1), (None, 200_000)):
+    for size, most in ((3, 1), (None, 200_000)):
         cut = CircuitRuns(hm, held, ablation=EdgeAblation(ablation, batch_size=size, max_bytes=most))
         assert off(cut.values(circuits), wanted) < TOLERANCE
     assert float((wanted[0] - wanted[-1]).abs().max()) > 1e-2
@@ -306,7 +295,7 @@ def test_the_ends_are_the_clean_and_the_corrupted_run() -> None:
     assert off(same.values(some_circuits(same.graph)), same.clean.expand(5, -1)) < TOLERANCE, "nothing to carry"
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Bloom", "GPTNeoX"])
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
 def test_pads_change_nothing(name: str) -> None:
     hm = manager(name)
     clean, corrupted = tokens(2, 10), tokens(2, 10, seed=1)
@@ -412,8 +401,8 @@ def test_what_cannot_be_is_refused_with_the_reason() -> None:
         runs.values([torch.ones(3, 3)])
     with pytest.raises(DataError, match="did you mean 'patching'"):
         CircuitRuns(hm, held, ablation="patch")
-    with pytest.raises(DataError, match="template"):
-        CircuitRuns(hm, held, ablation="mean")
+    with pytest.raises(DataError, match="pair 0 says none"):
+        CircuitRuns(hm, replace(held, meta=()), ablation="mean")
     with pytest.raises(DataError, match="batch_size"):
         EdgeAblation(batch_size=0)
     with pytest.raises(ShapeError, match="4 pairs"):

@@ -173,6 +173,11 @@ def test_the_curve_of_true_scores_is_whole_at_five_edges_and_that_of_noise_is_no
     assert found.faithfulness[0, 1:].tolist() == pytest.approx([1.0, 1.0, 1.0], abs=1e-5)
     assert float(found.faithfulness[0, 0]) < 0.8, "two of five edges are not enough"
     assert found.cmd() < 0.1 and float(found.random_faithfulness[:, 1].max()) < 0.5
+    harmful = effects.clone()
+    harmful[graph.edge("input->logits")] = -100.0
+    both = circuit_curve(hm, held, harmful, fractions=(share, 1.0), n_random=0)
+    assert float(both.faithfulness[1, 0]) == pytest.approx(1.0, abs=1e-5), "signed ranks an edge that hurts last"
+    assert float(both.faithfulness[0, 0]) < 0.9, "absolute takes it first"
     noise = circuit_curve(hm, held, torch.randn(graph.allowed.shape), fractions=(share, 0.5, 1.0), n_random=1)
     assert noise.cmd() > found.cmd() + 0.2
     reference = Circuit.of(graph, INDUCTION)
