@@ -11,7 +11,7 @@ from interp.core.errors import DataError, SiteError, nearest
 from interp.core.result import Result
 from interp.core.site import KINDS, Site
 from interp.core.stats import pearson, spearman
-from interp.patching.activation import PatchResult
+from interp.patching.result import PatchResult
 
 if TYPE_CHECKING:
     import pandas
