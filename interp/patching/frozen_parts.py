@@ -64,7 +64,14 @@ def frozen_attention(hm: "HookManager", layer: int, values: Mapping[str, Tensor]
     norm = frozen_norm(hm, layer, "ln1", values) if f"{layer}.ln1.scale" in values else None
     post = frozen_norm(hm, layer, "ln1_post", values) if hm.map.attn_out == "ln1_post" else None
     made = FrozenAttention(
-        norm, post, pattern, *(part.to(pattern) for part in (w.W_V, w.b_V, w.W_O, w.b_O)), hm.map.residual_multiplier
+        norm=norm,
+        post=post,
+        pattern=pattern,
+        W_V=w.W_V.to(pattern),
+        b_V=w.b_V.to(pattern),
+        W_O=w.W_O.to(pattern),
+        b_O=w.b_O.to(pattern),
+        factor=hm.map.residual_multiplier,
     )
     check_formula(hm, layer, "attention", made.forward(values[f"{layer}.resid_pre"]), out)
     return made

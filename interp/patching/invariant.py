@@ -355,9 +355,16 @@ def _through(
         )
     w, group = hm.weights[layer], hm.n_heads // hm.n_kv_heads
     post = _norm(hm, layer, "ln1_post") if hm.map.attn_out == "ln1_post" else None
-    wide = [part.float() for part in (w.W_V[head // group, None], w.b_V[head // group, None], w.W_O[head, None], w.b_O)]
+    key = head // group
     one = FrozenAttention(
-        _norm(hm, layer, "ln1"), post, reads.new_ones(1, 1, 1), *wide, factor=hm.map.residual_multiplier
+        norm=_norm(hm, layer, "ln1"),
+        post=post,
+        pattern=reads.new_ones(1, 1, 1),
+        W_V=w.W_V[key, None].float(),
+        b_V=w.b_V[key, None].float(),
+        W_O=w.W_O[head, None].float(),
+        b_O=w.b_O.float(),
+        factor=hm.map.residual_multiplier,
     )
     return one.back(reads[:, None])[:, 0]
 

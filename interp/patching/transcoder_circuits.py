@@ -197,8 +197,9 @@ def attribution_of(frozen: FrozenModel, target: tuple[int, int, int]) -> Transco
         pre = held.pre_activation(latent, pos)
         active = held.value[held.at(pos)][held.latent[held.at(pos)] == latent].sum()
         constant = held.constants(which)[0]
-    through = torch.cat(through) if through else total.new_zeros(0, len(total))
-    carried_all = torch.cat(carried) if carried else total.new_zeros(0, len(frozen.ids))
+    none = total.new_zeros(0, len(total))
+    by_source = torch.cat(through) if through else none
+    by_head = torch.cat(carried) if carried else total.new_zeros(0, len(frozen.ids))
     return TranscoderAttribution(
         provenance=Provenance.of(frozen.hm, settings=_settings(frozen, (layer, latent, pos)), data=(frozen.ids,)),
         target=(layer, latent, pos),
@@ -208,10 +209,7 @@ def attribution_of(frozen: FrozenModel, target: tuple[int, int, int]) -> Transco
         heads=heads,
         tokens=token_names(frozen.hm, frozen.ids),
         **{name: getattr(sources, name).cpu() for name in ("kind", "layer", "pos", "latent", "value")},
-        **{
-            n: x.cpu()
-            for n, x in (("total", total), ("direct", direct), ("through", through), ("by_head", carried_all))
-        },
+        **{n: x.cpu() for n, x in (("total", total), ("direct", direct), ("through", by_source), ("by_head", by_head))},
     )
 
 

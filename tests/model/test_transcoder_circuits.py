@@ -1,6 +1,7 @@
 """Transcoder circuits against planted weights, against autograd through the model itself, and as exact sums."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -389,7 +390,7 @@ def test_a_transcoder_that_normalises_tokens_and_attention_with_a_sink_are_refus
     made.set_cfg(made.cfg.model_copy(update={"normalize_activations": "layer_norm"}))
     with pytest.raises(ConfigError, match="normalises each token"):
         freeze(hm, {0: placed(made, "0.mlp.in", 0)}, tokens(1))
-    model = nano(NanoOptions(sink=True, d_vocab=120), seed=0)
+    model: Any = nano(NanoOptions(sink=True, d_vocab=120), seed=0)
     with torch.no_grad():
         for block in model.model.layers:
             block.self_attn.sink_value.normal_()

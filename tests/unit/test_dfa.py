@@ -182,7 +182,7 @@ def test_gated_and_topk_dictionaries_and_a_processed_space_add_up() -> None:
 
 
 def test_a_value_of_a_sink_is_the_rest() -> None:
-    model = nano(NanoOptions(sink=True, d_vocab=120, d_model=32), seed=0)
+    model: Any = nano(NanoOptions(sink=True, d_vocab=120, d_model=32), seed=0)
     with torch.no_grad():
         for block in model.model.layers:
             block.self_attn.sink_value.normal_()
