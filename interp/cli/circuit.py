@@ -143,6 +143,7 @@ def _judged(
 ) -> tuple[dict[str, Any], str]:
     from interp.patching.circuit_curve import circuit_curve
     from interp.patching.circuit_files import write_eap_ig, write_graphml
+    from interp.patching.circuit_view import write_circuit_html
     from interp.patching.faithfulness import evaluate_circuits
     from interp.patching.knockouts import completeness, minimality
 
@@ -153,6 +154,7 @@ def _judged(
     circuit = _chosen(hm, scores, curve, cfg)
     found = evaluate_circuits(hm, judge, circuit, progress=False, **how)
     files += [circuit.save(folder.path / "circuit.json")]
+    files += [write_circuit_html(circuit, folder.path / "circuit.html", curve=curve, notes=(found.summary(),))]
     write_eap_ig(circuit, folder.path / "circuit.eap-ig.json", d_model=hm.d_model)
     write_graphml(circuit, folder.path / "circuit.graphml")
     texts = [curve.summary(), found.summary()]
