@@ -17,9 +17,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from interp.core.manager import HookManager
 from interp.data.pair_tokens import PairTokens
-from interp.patching.edges import Contraction, edge_attribution
+from interp.patching.estimates.edges import Contraction, edge_attribution
+from interp.patching.estimates.streams import Readers, Writers
 from interp.patching.graph import Graph
-from interp.patching.streams import Readers, Writers
 
 BATCH, POS, LAYERS, HEADS, D = 8, 15, 12, 12, 768
 

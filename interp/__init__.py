@@ -57,22 +57,22 @@ if TYPE_CHECKING:
     from interp.lens.tuned_fit import fit_tuned_lens
     from interp.lens.tuned_lens import TunedLens, tuned_lens
     from interp.patching.activation import activation_patch
-    from interp.patching.attribution import attribute
-    from interp.patching.attribution_graph import attribution_graph
     from interp.patching.causal_trace import causal_trace
-    from interp.patching.circuit import Circuit
-    from interp.patching.circuit_curve import circuit_curve
-    from interp.patching.das import fit_das
-    from interp.patching.dfa import dfa
-    from interp.patching.edges import edge_attribution
-    from interp.patching.faithfulness import evaluate_circuits
-    from interp.patching.illusion import illusion
+    from interp.patching.circuits.circuit import Circuit
+    from interp.patching.circuits.circuit_curve import circuit_curve
+    from interp.patching.circuits.faithfulness import evaluate_circuits
+    from interp.patching.estimates.attribution import attribute
+    from interp.patching.estimates.edges import edge_attribution
+    from interp.patching.estimates.screening import screen_and_verify
+    from interp.patching.features.attribution_graph import attribution_graph
+    from interp.patching.features.dfa import dfa
+    from interp.patching.features.transcoder_circuits import pre_activation_attribution
     from interp.patching.options import PatchOptions
     from interp.patching.path import path_patch
-    from interp.patching.screening import screen_and_verify
     from interp.patching.scrub import scrub
-    from interp.patching.subspace import subspace_patch
-    from interp.patching.transcoder_circuits import pre_activation_attribution
+    from interp.patching.subspaces.das import fit_das
+    from interp.patching.subspaces.illusion import illusion
+    from interp.patching.subspaces.subspace import subspace_patch
     from interp.probing.induction import induction_scores
     from interp.report.attention import show_attention
     from interp.report.latents import show_latents
@@ -146,22 +146,22 @@ _NAMES_BY_MODULE = {
         "TunedLens",
         "tuned_lens",
     ),
-    "patching.attribution": ("attribute",),
-    "patching.attribution_graph": ("attribution_graph",),
+    "patching.estimates.attribution": ("attribute",),
+    "patching.features.attribution_graph": ("attribution_graph",),
     "patching.causal_trace": ("causal_trace",),
-    "patching.circuit": ("Circuit",),
-    "patching.circuit_curve": ("circuit_curve",),
-    "patching.das": ("fit_das",),
-    "patching.dfa": ("dfa",),
-    "patching.edges": ("edge_attribution",),
-    "patching.faithfulness": ("evaluate_circuits",),
-    "patching.illusion": ("illusion",),
+    "patching.circuits.circuit": ("Circuit",),
+    "patching.circuits.circuit_curve": ("circuit_curve",),
+    "patching.subspaces.das": ("fit_das",),
+    "patching.features.dfa": ("dfa",),
+    "patching.estimates.edges": ("edge_attribution",),
+    "patching.circuits.faithfulness": ("evaluate_circuits",),
+    "patching.subspaces.illusion": ("illusion",),
     "patching.options": ("PatchOptions",),
     "patching.path": ("path_patch",),
-    "patching.screening": ("screen_and_verify",),
+    "patching.estimates.screening": ("screen_and_verify",),
     "patching.scrub": ("scrub",),
-    "patching.subspace": ("subspace_patch",),
-    "patching.transcoder_circuits": ("pre_activation_attribution",),
+    "patching.subspaces.subspace": ("subspace_patch",),
+    "patching.features.transcoder_circuits": ("pre_activation_attribution",),
 }
 _HOMES = {name: f"interp.{module}" for module, names in _NAMES_BY_MODULE.items() for name in names}
 

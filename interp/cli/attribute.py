@@ -134,9 +134,9 @@ def write_result(folder: ResultFolder, found: "Result", table: str, page: str, *
 
 def _scored(hm: "HookManager", pairs: "PromptPairs", cfg: AttributeConfig) -> "Result":
     from interp.core.attribute import Path as Along
-    from interp.patching.attribution import attribute
-    from interp.patching.edges import edge_attribution
-    from interp.patching.flow import flow_routes
+    from interp.patching.estimates.attribution import attribute
+    from interp.patching.estimates.edges import edge_attribution
+    from interp.patching.estimates.flow import flow_routes
 
     if cfg.level == "flow":
         return flow_routes(hm, pairs)
@@ -148,7 +148,7 @@ def _scored(hm: "HookManager", pairs: "PromptPairs", cfg: AttributeConfig) -> "R
 
 
 def _verified(hm: "HookManager", pairs: "PromptPairs", cfg: AttributeConfig) -> "Result":
-    from interp.patching.screening import screen_and_verify
+    from interp.patching.estimates.screening import screen_and_verify
 
     return screen_and_verify(
         hm,

@@ -14,8 +14,8 @@ from interp.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
-    from interp.patching.circuit import Circuit
-    from interp.patching.edge_scores import EdgeScores
+    from interp.patching.circuits.circuit import Circuit
+    from interp.patching.estimates.edge_scores import EdgeScores
 
 __all__ = ["CircuitConfig", "CircuitLine", "main"]
 
@@ -122,8 +122,8 @@ def _judge(cfg: CircuitConfig) -> PairsOptions:
 
 def _scores(hm: "HookManager", cfg: CircuitConfig) -> "EdgeScores":
     from interp.core.attribute import Path as Along
-    from interp.patching.edge_scores import EdgeScores
-    from interp.patching.edges import edge_attribution
+    from interp.patching.estimates.edge_scores import EdgeScores
+    from interp.patching.estimates.edges import edge_attribution
     from interp.patching.graph import Graph
 
     if cfg.scores is None:
@@ -141,11 +141,11 @@ def _scores(hm: "HookManager", cfg: CircuitConfig) -> "EdgeScores":
 def _judged(
     hm: "HookManager", scores: "EdgeScores", judge: Any, cfg: CircuitConfig, folder: ResultFolder
 ) -> tuple[dict[str, Any], str]:
-    from interp.patching.circuit_curve import circuit_curve
-    from interp.patching.circuit_files import write_eap_ig, write_graphml
-    from interp.patching.circuit_view import write_circuit_html
-    from interp.patching.faithfulness import evaluate_circuits
-    from interp.patching.knockouts import completeness, minimality
+    from interp.patching.circuits.circuit_curve import circuit_curve
+    from interp.patching.circuits.circuit_files import write_eap_ig, write_graphml
+    from interp.patching.circuits.circuit_view import write_circuit_html
+    from interp.patching.circuits.faithfulness import evaluate_circuits
+    from interp.patching.circuits.knockouts import completeness, minimality
 
     how: dict[str, Any] = {"metric": cfg.metric, "ablation": cfg.ablation}
     tell(f"running circuits of every size on {len(judge)} other pairs")
@@ -178,8 +178,8 @@ def _judged(
 
 
 def _chosen(hm: "HookManager", scores: "EdgeScores", curve: Any, cfg: CircuitConfig) -> "Circuit":
+    from interp.patching.circuits.select_edges import counts_of, greedy_edges, top_edges
     from interp.patching.graph import Graph
-    from interp.patching.select_edges import counts_of, greedy_edges, top_edges
 
     graph = Graph.of(hm)
     n = cfg.edges

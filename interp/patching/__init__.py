@@ -2,42 +2,49 @@
 
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
-from interp.patching.attribution import Latents, attribute
-from interp.patching.attribution_graph import AttributionGraph, attribution_graph
 from interp.patching.causal_trace import CausalTrace, causal_trace
-from interp.patching.circuit import Circuit
-from interp.patching.circuit_curve import CircuitCurve, circuit_curve
-from interp.patching.circuit_files import load_eap_ig, write_eap_ig, write_graphml
-from interp.patching.circuit_view import write_circuit_html
-from interp.patching.compare_circuits import CircuitMatch, compare
-from interp.patching.das import DAS, DASOptions, fit_boundless_das, fit_das
-from interp.patching.dfa import dfa
-from interp.patching.edge_scores import EdgeScores
-from interp.patching.edges import edge_attribution
-from interp.patching.evaluate_circuit import edge_effects
-from interp.patching.faithfulness import CircuitScores, evaluate_circuits
-from interp.patching.flow import flow_routes
+from interp.patching.circuits.circuit import Circuit
+from interp.patching.circuits.circuit_curve import CircuitCurve, circuit_curve
+from interp.patching.circuits.circuit_files import load_eap_ig, write_eap_ig, write_graphml
+from interp.patching.circuits.circuit_view import write_circuit_html
+from interp.patching.circuits.compare_circuits import CircuitMatch, compare
+from interp.patching.circuits.evaluate_circuit import edge_effects
+from interp.patching.circuits.faithfulness import CircuitScores, evaluate_circuits
+from interp.patching.circuits.knockouts import completeness, minimality
+from interp.patching.circuits.reference import reference_circuit, reference_names
+from interp.patching.circuits.select_edges import (
+    edges_above,
+    greedy_edges,
+    random_edges,
+    random_like,
+    top_edges,
+    top_nodes,
+)
+from interp.patching.estimates.attribution import Latents, attribute
+from interp.patching.estimates.edge_scores import EdgeScores
+from interp.patching.estimates.edges import edge_attribution
+from interp.patching.estimates.flow import flow_routes
+from interp.patching.estimates.node_scores import AttributionResult
+from interp.patching.estimates.screening import ScreenResult, screen_and_verify
+from interp.patching.features.attribution_graph import AttributionGraph, attribution_graph
+from interp.patching.features.dfa import dfa
+from interp.patching.features.graph_confirm import confirm
+from interp.patching.features.graph_export import to_circuit_tracer_json
+from interp.patching.features.invariant import connections, de_embedding
+from interp.patching.features.rdfa import head_latents, rdfa
+from interp.patching.features.transcoder_circuits import pre_activation_attribution
+from interp.patching.features.transcoder_paths import find_paths
 from interp.patching.graph import Graph
-from interp.patching.graph_confirm import confirm
-from interp.patching.graph_export import to_circuit_tracer_json
-from interp.patching.illusion import illusion
-from interp.patching.invariant import connections, de_embedding
-from interp.patching.knockouts import completeness, minimality
-from interp.patching.node_scores import AttributionResult
 from interp.patching.optimal import optimal_values
 from interp.patching.options import PatchOptions
 from interp.patching.path import path_patch
 from interp.patching.path_result import PathPatchResult
-from interp.patching.rdfa import head_latents, rdfa
-from interp.patching.reference import reference_circuit, reference_names
 from interp.patching.result import PatchResult
-from interp.patching.screening import ScreenResult, screen_and_verify
 from interp.patching.scrub import scrub
 from interp.patching.scrub_result import ScrubResult
-from interp.patching.select_edges import edges_above, greedy_edges, random_edges, random_like, top_edges, top_nodes
-from interp.patching.subspace import subspace_patch
-from interp.patching.transcoder_circuits import pre_activation_attribution
-from interp.patching.transcoder_paths import find_paths
+from interp.patching.subspaces.das import DAS, DASOptions, fit_boundless_das, fit_das
+from interp.patching.subspaces.illusion import illusion
+from interp.patching.subspaces.subspace import subspace_patch
 
 __all__ = [
     "DAS",

@@ -18,7 +18,7 @@ from interp.report.dictionary_page import content_hash
 from interp.report.html import json_block, render, visible
 
 if TYPE_CHECKING:
-    from interp.patching.attribution_graph import AttributionGraph
+    from interp.patching.features.attribution_graph import AttributionGraph
 
 __all__ = ["framed_graph", "graph_page", "write_graph_page"]
 

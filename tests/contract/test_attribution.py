@@ -17,9 +17,9 @@ from interp.core.site import Site
 from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens, with_spans
-from interp.patching.attribution import attribute
-from interp.patching.edge_scores import EdgeScores
-from interp.patching.edges import edge_attribution
+from interp.patching.estimates.attribution import attribute
+from interp.patching.estimates.edge_scores import EdgeScores
+from interp.patching.estimates.edges import edge_attribution
 from interp.patching.graph import Graph
 from tests.families import FAMILIES, make, manager, tokens
 

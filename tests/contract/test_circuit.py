@@ -16,9 +16,9 @@ from interp.core.run import Run
 from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
-from interp.patching.circuit import Circuit
-from interp.patching.edge_forward import EdgeModel, EdgePass
-from interp.patching.evaluate_circuit import ABLATIONS, CircuitRuns, EdgeAblation, edge_effects
+from interp.patching.circuits.circuit import Circuit
+from interp.patching.circuits.edge_forward import EdgeModel, EdgePass
+from interp.patching.circuits.evaluate_circuit import ABLATIONS, CircuitRuns, EdgeAblation, edge_effects
 from interp.patching.graph import Graph
 from interp.testbed.nano import NanoOptions, nano
 from tests.families import FAMILIES, make, manager, paddings, tokens

@@ -69,7 +69,7 @@ def metrics_of(reference: Tensor) -> list[Metric]:
 def test_a_sweep_is_the_naive_loop(name: str) -> None:
     hm = manager(name)
     sites = sites_of(hm)
-    layouts = [(tokens(seed=1), tokens(seed=2), None)]
+    layouts: list[tuple[Tensor, Tensor, Tensor | None]] = [(tokens(seed=1), tokens(seed=2), None)]
     for (_, clean, mask), (_, corrupted, _) in zip(paddings(tokens(seed=1)), paddings(tokens(seed=2)), strict=True):
         layouts.append((clean, corrupted, mask))
     moved = []

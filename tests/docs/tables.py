@@ -25,7 +25,7 @@ def verbs() -> str:
 
 
 def methods() -> str:
-    """The other methods that have a name of `interp`, a row each: the call, its docstring's opening, its module's source."""
+    """The other methods that have a name of `interp`, a row each: the call, its docstring's opening, its source."""
     rooms = ("evaluate", *sorted(source.FAMILIES - {"lens", "patching"}))  # those two have a guide of their own
     rows = [row for room in rooms for row in _rows_of(room)]
     return _table(("function", "what it does", "source"), [row for row in rows if row[0].count(".") == 1])

@@ -13,8 +13,8 @@ import torch
 
 from interp.cli.main import main
 from interp.core.result import Result
-from interp.patching.circuit import Circuit
-from interp.patching.edge_scores import EdgeScores
+from interp.patching.circuits.circuit import Circuit
+from interp.patching.estimates.edge_scores import EdgeScores
 from interp.patching.result import PatchResult
 
 PAIRS = ["--model", "testbed", "--pairs.task", "ioi", "--pairs.n", "4"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import interp.patching.sides as sides_module
+import interp.patching.estimates.sides as sides_module
 from interp.core.attribute import Path
 from interp.core.errors import ConfigError, DataError, SiteError
 from interp.core.intervention import FreezePattern, Replace
@@ -21,13 +21,13 @@ from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
 from interp.dictionaries.standard import StandardConfig, StandardSAE
 from interp.patching.activation import activation_patch
-from interp.patching.attribution import Latents, attribute
-from interp.patching.edge_scores import EdgeScores
-from interp.patching.edges import edge_attribution
-from interp.patching.flow import flow_routes
+from interp.patching.estimates.attribution import Latents, attribute
+from interp.patching.estimates.edge_scores import EdgeScores
+from interp.patching.estimates.edges import edge_attribution
+from interp.patching.estimates.flow import flow_routes
+from interp.patching.estimates.node_scores import AttributionResult
+from interp.patching.estimates.screening import ScreenResult, screen_and_verify
 from interp.patching.graph import Graph
-from interp.patching.node_scores import AttributionResult
-from interp.patching.screening import ScreenResult, screen_and_verify
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from tests.families import make

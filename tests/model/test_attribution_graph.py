@@ -13,10 +13,10 @@ from interp.core.errors import DataError
 from interp.core.manager import HookManager
 from interp.core.readout import Readout
 from interp.core.result import Result
-from interp.patching.attribution_graph import AttributionGraph, attribution_graph
-from interp.patching.graph_confirm import confirm, predicted_effects
-from interp.patching.graph_export import graph_record, to_circuit_tracer_json
-from interp.patching.graph_scores import (
+from interp.patching.features.attribution_graph import AttributionGraph, attribution_graph
+from interp.patching.features.graph_confirm import confirm, predicted_effects
+from interp.patching.features.graph_export import graph_record, to_circuit_tracer_json
+from interp.patching.features.graph_scores import (
     completeness_score,
     influence_of,
     normalized_rows,

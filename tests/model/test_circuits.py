@@ -13,14 +13,14 @@ from interp.core.errors import DataError
 from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.data.pair_tokens import PairTokens
-from interp.patching.circuit import Circuit
-from interp.patching.circuit_curve import CircuitCurve, circuit_curve
-from interp.patching.compare_circuits import compare
-from interp.patching.evaluate_circuit import CircuitRuns, edge_effects
-from interp.patching.faithfulness import evaluate_circuits
+from interp.patching.circuits.circuit import Circuit
+from interp.patching.circuits.circuit_curve import CircuitCurve, circuit_curve
+from interp.patching.circuits.compare_circuits import compare
+from interp.patching.circuits.evaluate_circuit import CircuitRuns, edge_effects
+from interp.patching.circuits.faithfulness import evaluate_circuits
+from interp.patching.circuits.knockouts import completeness, minimality
+from interp.patching.circuits.select_edges import greedy_edges, random_like, top_edges
 from interp.patching.graph import Graph
-from interp.patching.knockouts import completeness, minimality
-from interp.patching.select_edges import greedy_edges, random_like, top_edges
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 

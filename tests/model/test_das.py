@@ -16,9 +16,9 @@ from interp.core.result import Result
 from interp.core.subspace import random_basis
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
-from interp.patching.das import DAS, DASOptions, fit_boundless_das, fit_das
-from interp.patching.fitting import Boundary, Rotation, _surrogate, split_rows, train
-from interp.patching.interchange import Interchange, Labels
+from interp.patching.subspaces.das import DAS, DASOptions, fit_boundless_das, fit_das
+from interp.patching.subspaces.fitting import Boundary, Rotation, _surrogate, split_rows, train
+from interp.patching.subspaces.interchange import Interchange, Labels
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 
@@ -204,7 +204,7 @@ def test_it_is_saved_without_the_model_and_patches_again(fitted: DAS, tmp_path: 
     hm, pairs, _ = planted()
     again = Result.load(fitted.save(tmp_path / "das"))
     assert isinstance(again, DAS) and torch.equal(again.basis, fitted.basis) and again.iia == fitted.iia
-    assert json.loads((tmp_path / "das" / "result.json").read_text())["class"] == "interp.patching.das.DAS"
+    assert json.loads((tmp_path / "das" / "result.json").read_text())["class"] == "interp.patching.subspaces.das.DAS"
     source = hm.run(pairs.corrupted, read=[SITE])
     out = hm.run(pairs.clean, write=[again.as_intervention(source)], logits="last")
     hits = Labels.of(pairs).hit(out.logits[:, 0], torch.arange(len(pairs)))

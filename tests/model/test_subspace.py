@@ -15,8 +15,8 @@ from interp.core.subspace import ReplaceSubspace, aligned, orthonormal, random_b
 from interp.core.text import Tokens, pad_rows
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens, with_spans
-from interp.patching.interchange import Interchange, Labels
-from interp.patching.subspace import SubspaceResult, fldd, subspace_patch
+from interp.patching.subspaces.interchange import Interchange, Labels
+from interp.patching.subspaces.subspace import SubspaceResult, fldd, subspace_patch
 from interp.testbed.nano import NanoOptions, nano
 
 ROWS = ([5, 9, 3, 7, 2], [4, 6, 8], [1, 2, 3, 4, 5, 6, 7])

@@ -15,13 +15,13 @@ from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.text import Tokens
 from interp.dictionaries.base import Transcoder
-from interp.patching.freeze import freeze
-from interp.patching.frozen import FrozenModel
-from interp.patching.invariant import connections, de_embedding, mean_activation
-from interp.patching.pullback import bias_of, parts_of, pullback, reader_of
-from interp.patching.sources import KINDS, Sources, contributions
-from interp.patching.transcoder_circuits import attribution_of, pre_activation_attribution
-from interp.patching.transcoder_paths import PathTree, find_paths, paths_of
+from interp.patching.features.freeze import freeze
+from interp.patching.features.frozen import FrozenModel
+from interp.patching.features.invariant import connections, de_embedding, mean_activation
+from interp.patching.features.pullback import bias_of, parts_of, pullback, reader_of
+from interp.patching.features.sources import KINDS, Sources, contributions
+from interp.patching.features.transcoder_circuits import attribution_of, pre_activation_attribution
+from interp.patching.features.transcoder_paths import PathTree, find_paths, paths_of
 from interp.testbed.nano import NanoOptions, nano
 from tests.families import FAMILIES, LENGTH, manager, paddings, tokens
 from tests.transcoders import WIDTH, WORDS, given, mixed, placed, planted, random_transcoder

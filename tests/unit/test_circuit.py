@@ -12,15 +12,14 @@ from torch import Tensor
 from interp.core.errors import ArtifactError, DataError, InterpError, ShapeError, SiteError
 from interp.core.resources import resource
 from interp.core.result import Provenance, Result
-from interp.patching import build_references
-from interp.patching.circuit import Circuit, reachable
-from interp.patching.circuit_curve import CircuitCurve, curve_area
-from interp.patching.circuit_files import load_eap_ig, write_eap_ig, write_graphml
-from interp.patching.compare_circuits import auroc, compare
-from interp.patching.faithfulness import CircuitScores, faithfulness, faithfulness_bounds, gap_is_clear
-from interp.patching.graph import Graph
-from interp.patching.reference import reference_circuit, reference_names
-from interp.patching.select_edges import (
+from interp.patching.circuits import build_references
+from interp.patching.circuits.circuit import Circuit, reachable
+from interp.patching.circuits.circuit_curve import CircuitCurve, curve_area
+from interp.patching.circuits.circuit_files import load_eap_ig, write_eap_ig, write_graphml
+from interp.patching.circuits.compare_circuits import auroc, compare
+from interp.patching.circuits.faithfulness import CircuitScores, faithfulness, faithfulness_bounds, gap_is_clear
+from interp.patching.circuits.reference import reference_circuit, reference_names
+from interp.patching.circuits.select_edges import (
     counts_of,
     edge_order,
     edges_above,
@@ -30,6 +29,7 @@ from interp.patching.select_edges import (
     top_edges,
     top_nodes,
 )
+from interp.patching.graph import Graph
 
 GRAPHS = {
     "plain": Graph(3, 2, 2, (True, True, True)),

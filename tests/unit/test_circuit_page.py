@@ -15,10 +15,10 @@ import torch
 
 from interp.core.errors import DataError, ShapeError
 from interp.core.result import Provenance
-from interp.patching.circuit import Circuit
-from interp.patching.circuit_view import write_circuit_html
+from interp.patching.circuits.circuit import Circuit
+from interp.patching.circuits.circuit_view import write_circuit_html
+from interp.patching.circuits.reference import reference_circuit
 from interp.patching.graph import Graph
-from interp.patching.reference import reference_circuit
 from interp.report.circuit_figures import against, size_curve
 from interp.report.circuit_page import MOST_EDGES, CircuitView, EdgeRow, NodeRow, circuit_page
 

@@ -15,8 +15,8 @@ from interp.core.site import Site
 from interp.dictionaries.heads import head_weights, reading
 from interp.dictionaries.options import DictionaryOptions
 from interp.evaluate.top_examples import top_examples
-from interp.patching.dfa import DFA, dfa
-from interp.patching.rdfa import RDFA, head_latents, rdfa
+from interp.patching.features.dfa import DFA, dfa
+from interp.patching.features.rdfa import RDFA, head_latents, rdfa
 from interp.testbed.nano import NanoOptions, nano
 from tests.families import manager, paddings, tokens
 

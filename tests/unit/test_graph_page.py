@@ -13,7 +13,7 @@ import torch
 
 from interp.core.errors import DataError
 from interp.core.result import Provenance
-from interp.patching.attribution_graph import AttributionGraph
+from interp.patching.features.attribution_graph import AttributionGraph
 from interp.report import graph_page as pages
 from interp.report.graph_page import framed_graph, graph_page, write_graph_page
 

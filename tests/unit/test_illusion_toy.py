@@ -8,9 +8,18 @@ import torch
 from interp.core.errors import ConfigError
 from interp.core.manager import HookManager
 from interp.core.stats import Estimate
-from interp.patching.illusion import IllusionOptions, IllusionReport, illusion
-from interp.patching.subspace import SubspaceResult, subspace_patch
-from interp.patching.verdict import CARRIED, CONSISTENT, NO_SPLIT, NOTHING, UNDECIDED, Evidence, share_of, weighed
+from interp.patching.subspaces.illusion import IllusionOptions, IllusionReport, illusion
+from interp.patching.subspaces.subspace import SubspaceResult, subspace_patch
+from interp.patching.subspaces.verdict import (
+    CARRIED,
+    CONSISTENT,
+    NO_SPLIT,
+    NOTHING,
+    UNDECIDED,
+    Evidence,
+    share_of,
+    weighed,
+)
 from interp.testbed.illusion_toy import illusion_toy
 
 SITE = "0.mlp_post"

@@ -17,7 +17,7 @@ from interp.core.rules import RULES, Fork, SoftenedPattern, StopGradient, check_
 from interp.core.run import Run
 from interp.core.site import Site
 from interp.core.where import Where
-from interp.patching.atp import key_effect, query_effect
+from interp.patching.estimates.atp import key_effect, query_effect
 from interp.testbed.nano import NanoOptions, nano
 
 pytestmark = pytest.mark.unit

@@ -1,6 +1,7 @@
 """The schedule of a sweep: what runs together, how much fits, and what is left of the work."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,8 @@ def test_weights_that_a_branch_passes_from_each_block_on() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_budget_is_a_number_of_bytes() -> None:
-    for wrong in (0, -3, 1.5, True):
+    wrongs: list[Any] = [0, -3, 1.5, True]
+    for wrong in wrongs:
         with pytest.raises(ConfigError, match="whole number of bytes"):
             check_budget(wrong)
     check_budget(None)

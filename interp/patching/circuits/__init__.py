@@ -1,0 +1,1 @@
+"""Circuits: sets of edges, run alone, judged and compared."""

@@ -1,0 +1,1 @@
+"""Estimates of what patching would do, from gradients, for every node or edge at once."""

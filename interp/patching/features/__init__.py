@@ -1,0 +1,1 @@
+"""Circuits of dictionaries' latents: attributions through a prompt that is held linear."""

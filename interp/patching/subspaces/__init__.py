@@ -1,0 +1,1 @@
+"""Parts of an activation: directions, rotations, and whether they are what the model uses."""
