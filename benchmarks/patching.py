@@ -8,6 +8,8 @@ Figures:
                          seconds of `transformer_lens.patching` (on its bridge, over the same weights) ÷ ours
     …_cpu                the same in CPU seconds of both threads
     sweep_max_error      the largest difference of a cell between the two ÷ max(1, the largest logit)
+    eap_bytes_ratio      edge attribution: bytes of difference tensors of the published form ÷ ours; `eap_time_ratio`
+                         the CPU seconds (patching_eap.py)
 
 The loop is timed on seeded cells, as many in every layer, between the waves of our sweep, and scaled to all 2160; each
 figure has the 95 % interval over those cells. `_skipping` is the same where the prompts differ from token 5 on, so that
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from engine import SEED  # sets the number of threads, so before torch
 from figures import Found, machine_and_versions
+from patching_eap import eap_figures
 
 BOUNDS = {"sweep_b1": 10.0, "sweep_b8": 4.0}
 MOST_ERROR = 1e-5
@@ -169,7 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one prompt alone")
     parser.add_argument("--json", action="store_true", help="print figures, machine and versions as JSON, nothing else")
-    parser.add_argument("--only", nargs="+", choices=list(BOUNDS), metavar="FIGURE", help=f"of {', '.join(BOUNDS)}")
+    known = [*BOUNDS, "eap"]
+    parser.add_argument("--only", nargs="+", choices=known, metavar="FIGURE", help=f"of {', '.join(known)}")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -180,11 +184,13 @@ def main() -> None:
     from interp.core.manager import HookManager
 
     figures: dict[str, float] = {}
-    # A later method's figures (eap_bytes_ratio) are measured by a function of their own and join here.
-    for name in options.only or (["sweep_b1"] if options.quick else list(BOUNDS)):
+    for name in options.only or (["sweep_b1"] if options.quick else known):
         with contextlib.redirect_stdout(sys.stderr):
-            found = run_case(HookManager.load(model()), int(name.removeprefix("sweep_b")), per_layer=5)
-        error = max(figures.get("sweep_max_error", 0.0), found.figures["sweep_max_error"])
+            if name == "eap":
+                found = eap_figures()
+            else:
+                found = run_case(HookManager.load(model()), int(name.removeprefix("sweep_b")), per_layer=5)
+        error = max(figures.get("sweep_max_error", 0.0), found.figures.get("sweep_max_error", 0.0))
         figures |= found.figures | {"sweep_max_error": error}
         print("\n" + "\n".join(found.lines), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
