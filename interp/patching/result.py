@@ -232,10 +232,10 @@ class PatchResult(Result):
         names = [f"{site} · {column}" for site in self.sites for column in self.columns]
         return scatter(
             there.effect.mean(-1).flatten(),
-            back.effect.mean(-1).flatten(),
+            -back.effect.mean(-1).flatten(),
             names=names,
             x=f"denoising: mean effect on {self.metrics[0]}",
-            y=f"noising: mean effect on {self.metrics[0]}",
+            y=f"noising: mean effect on {self.metrics[0]}, sign reversed",
             title="Is it enough (denoising), is it needed (noising)?",
         )
 
@@ -259,7 +259,10 @@ class PatchResult(Result):
             if not float(mean[s, c].nan_to_num(0.0)):
                 continue
             part = f", {float(share[s, c]):.0%} of the gap" if clear else ""
-            lines.append(f"{self.sites[s]}, {self.axis} {self.columns[c]}: {float(mean[s, c]):+.4g}{part}")
+            axes = self.axis.split(", ")
+            words = zip(axes, self.columns[c].rsplit(" · ", len(axes) - 1), strict=True)
+            place = ", ".join(f"{axis} {label}" for axis, label in words)
+            lines.append(f"{self.sites[s]}, {place}: {float(mean[s, c]):+.4g}{part}")
         if not clear:
             lines.append("the gap between the prompts is not clear of zero, so nothing is divided by it")
         missing = int(mean.isnan().sum())
