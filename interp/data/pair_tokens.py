@@ -140,6 +140,16 @@ class PairTokens:
         place = tokens.mask.long().cumsum(1) - 1
         return place[span].reshape(len(self), -1)
 
+    def forms(self, fact: str | None = "template") -> Int[Tensor, " pair"]:
+        """Number the pairs by their form, 0 for the first: pairs of one form share a mean.
+
+        Args:
+            fact: the fact in `meta` that says a pair's form; None, or a fact that no pair has, takes all as one.
+        """
+        values = [str(facts[fact]) if fact in facts else None for facts in self.meta] or [None] * len(self)
+        known = {value: i for i, value in enumerate(dict.fromkeys(values))}
+        return torch.tensor([known[value] for value in values])
+
     def check_first_tokens(self) -> None:
         """Refuse pairs whose answers and foils cannot be told apart by their first tokens.
 

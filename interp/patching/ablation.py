@@ -1,7 +1,6 @@
 """Values that take an activation's information away: means over prompts of one form, and fitted constants."""
 
-from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -56,10 +55,12 @@ def mean_values(
     if wrong is not None:
         raise DataError(f"a mean over prompts is per position, but {wrong.short} has axes {' '.join(wrong.axes)}")
     source: Tokens = getattr(tokens, over)
-    groups = _groups(tokens.meta, len(tokens), by)
+    forms = tokens.forms(by)
     run = hm.run(source, read=read, logits="none")
     result = {site: run[site].new_zeros(*tokens.clean.ids.shape, *run[site].shape[2:]) for site in read}
-    for name, rows in groups.items():
+    for form in range(int(forms.max()) + 1):
+        rows = (forms == form).nonzero()[:, 0].tolist()
+        name = (tokens.meta[rows[0]] if tokens.meta else {}).get(by or "", "all")
         for span in [None] if spans is None else spans:
             here, there = (_places(t, rows, span, name) for t in (tokens.clean, source))
             if here.shape[1] != there.shape[1]:
@@ -72,16 +73,6 @@ def mean_values(
                 mean = run[site][at, there.to(at.device)].mean(0)
                 result[site][at, here.to(at.device)] = mean
     return result
-
-
-def _groups(meta: Sequence[Mapping[str, Any]], n: int, by: str | None) -> dict[Hashable, list[int]]:
-    """Rows by their form."""
-    if by is None or not meta or not any(by in facts for facts in meta):
-        return {"all": list(range(n))}
-    found: dict[Hashable, list[int]] = {}
-    for row, facts in enumerate(meta):
-        found.setdefault(facts.get(by), []).append(row)
-    return found
 
 
 def _places(tokens: Tokens, rows: Sequence[int], span: str | None, name: Hashable) -> Tensor:

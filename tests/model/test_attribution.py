@@ -28,6 +28,7 @@ from interp.patching.estimates.flow import flow_routes
 from interp.patching.estimates.node_scores import AttributionResult
 from interp.patching.estimates.screening import ScreenResult, screen_and_verify
 from interp.patching.graph import Graph
+from interp.patching.options import PatchOptions
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from tests.families import make
@@ -318,8 +319,12 @@ def test_means_are_by_template_and_position() -> None:
     found = attribute(hm, held, nodes=["1.z"], mode="mean")
     run = hm.run(pairs.clean, read=["1.z"], grad=held.metric(), logits="last")
     z, g = run["1.z"], run.grad["1.z"]
-    mean = torch.stack([z[:2].mean(0), z[:2].mean(0), z[2:].mean(0), z[2:].mean(0)])
+    other = hm.run(pairs.corrupted, read=["1.z"])["1.z"]
+    mean = torch.stack([other[:2].mean(0), other[:2].mean(0), other[2:].mean(0), other[2:].mean(0)])
     assert torch.allclose(found.totals["1.z"], ((mean - z) * g).sum((1, 3)).T, atol=1e-5)
+    # The same mean as the exact ablation's: on a linear model the estimate is the effect.
+    exact = activation_patch(hm, held, sites=["1.z"], options=PatchOptions(ablation="mean"), progress=False)
+    assert torch.allclose(found.totals["1.z"], exact.effect[0], atol=1e-4)
     whole = attribute(hm, pairs, nodes=["1.z"], mode="mean")
     assert not torch.allclose(whole.totals["1.z"], found.totals["1.z"], atol=1e-3)
     zero = attribute(hm, pairs, nodes=["1.z"], mode="zero")

@@ -336,11 +336,7 @@ def _groups(pairs: PairTokens, kind: str) -> Int[Tensor, " pair"] | None:
             f"ablation 'mean' is by template, and pair {lacking} says none: put meta={{'template': …}} into the pairs, "
             "or take 'mean_positional', which averages over all of them"
         )
-    keys: list[Any] = [
-        (str(m["template"]), n) for m, n in zip(pairs.meta, pairs.corrupted.lengths.tolist(), strict=True)
-    ]
-    known = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return torch.tensor([known[key] for key in keys])
+    return torch.stack([pairs.forms(), pairs.corrupted.lengths.cpu()], dim=1).unique(dim=0, return_inverse=True)[1]
 
 
 def _places(tokens: Tokens) -> Int[Tensor, "batch pos"]:

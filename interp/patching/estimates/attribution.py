@@ -89,7 +89,7 @@ def attribute(
         rule: the backward rule, see `interp.core.rules`; or "atp*".
         path: "none", "inputs_ig", "activations_ig", or a `Path` with its steps and points.
         mode: "denoise" (the clean activation into the corrupted run), "noise" (the other way), "mean" or "zero" (into
-            the clean run; means are by template and position).
+            the clean run; means are of the corrupted prompts, by template and position).
         at: where the gradient is taken, "clean", "corrupted" or "both" (their mean); by default at the patched run.
         metric: a name as for `PairTokens.metric`, a `Metric`, or a function of a run; logit differences by default.
 
@@ -184,7 +184,7 @@ class _Nodes:
 
         def values() -> Iterator[tuple[Part, dict[str, Tensor]]]:
             for part in self.sides.parts(self.hm):
-                run = self.plain(part, "clean")
+                run = self.plain(part, "corrupted")
                 yield part, {name: run[name] for name in self.reads}
 
         return group_means(self.sides, values())

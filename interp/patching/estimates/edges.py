@@ -64,7 +64,7 @@ def edge_attribution(
         rule: the backward rule; see `interp.core.rules`.
         path: "none", "inputs_ig", "activations_ig", or a `Path` with its steps and points.
         mode: "denoise" (the clean activation into the corrupted run), "noise" (the other way), "mean" or "zero" (into
-            the clean run; means are by template and position).
+            the clean run; means are of the corrupted prompts, by template and position).
         at: where the gradient is taken, "clean", "corrupted" or "both" (their mean); by default at the patched run.
         metric: a name as for `PairTokens.metric`, a `Metric`, or a function of a run; logit differences by default.
         per_position: keep the scores of every column too.
@@ -154,7 +154,7 @@ class _Scorer:
         if self.sides.mode != "mean":
             return None
         parts = self.sides.parts(self.hm)
-        return group_means(self.sides, ((part, self.writers.values(self.plain(part, "clean"))) for part in parts))
+        return group_means(self.sides, ((part, self.writers.values(self.plain(part, "corrupted"))) for part in parts))
 
     def difference(self, runs: Mapping[str, Run], means: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """What senders add in the run put in, minus what they add in the patched run."""

@@ -226,13 +226,9 @@ def _checked(metric: Callable[[Run], Tensor]) -> Callable[[Run], Tensor]:
 
 
 def _groups(pairs: PairTokens) -> Int[Tensor, " pair"]:
-    """Rows of one template and one mask, numbered in the order in which they come."""
-    known: dict[Any, int] = {}
-    found = []
-    for row, mask in enumerate(pairs.clean.mask.tolist()):
-        template = pairs.meta[row].get("template") if pairs.meta else None
-        found.append(known.setdefault((template, tuple(mask)), len(known)))
-    return torch.tensor(found)
+    """Rows of one form and one mask."""
+    rows = torch.cat([pairs.forms()[:, None], pairs.clean.mask.long()], dim=1)
+    return rows.unique(dim=0, return_inverse=True)[1]
 
 
 def _check_aligned(pairs: PairTokens) -> None:
