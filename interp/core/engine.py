@@ -339,7 +339,7 @@ class Forward:
             return output
         made = _like(spec.output(normalized, module, output.dtype), x)
         # The module's own bits, where only the gradient is to go by the formula.
-        keeps = all(edit.may_do_nothing for work in works for _, edit in work.edits)
+        keeps = all(edit.keeps_values for work in works for _, edit in work.edits)
         return with_values_of(output, made) if keeps else made
 
     def _part(self, work: _Work, x: Tensor) -> Tensor:

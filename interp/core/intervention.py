@@ -80,6 +80,11 @@ class Intervention:
         return False
 
     @property
+    def keeps_values(self) -> bool:
+        """Whether it changes gradients alone, never a value; may be true only where `may_do_nothing` is."""
+        return False
+
+    @property
     def after_reads(self) -> bool:
         """Whether it acts on what the model goes on with, after the site has been read."""
         return False
@@ -365,6 +370,11 @@ class FreezePattern(Intervention):
 
     @property
     def may_do_nothing(self) -> bool:
+        """Stopping gradients changes no value."""
+        return self.value is None
+
+    @property
+    def keeps_values(self) -> bool:
         """Stopping gradients changes no value."""
         return self.value is None
 

@@ -69,6 +69,11 @@ class BackwardRule(Intervention):
         """Values stay as they are, on purpose."""
         return True
 
+    @property
+    def keeps_values(self) -> bool:
+        """A rule is about gradients alone."""
+        return True
+
 
 @dataclass(frozen=True, eq=False)
 class Fork(BackwardRule):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp.core.attention import CURRENT
 from interp.core.errors import ConfigError, ModelError, ShapeError, SiteError
+from interp.core.intervention import Replace
 from interp.core.manager import HookManager
 from interp.core.metrics import Metric, kl_divergence
 from interp.core.replay import Replay
@@ -18,6 +19,7 @@ from interp.core.run import Run
 from interp.core.site import KINDS, Site
 from interp.core.sweep import Sweep, sweep
 from interp.core.sweep_cells import Cells
+from interp.core.where import Where
 from tests.families import FAMILIES, manager, paddings, tokens
 
 INSIDE = ("GPTNeo", "GPTJ", "Bloom", "Falcon", "FalconNew")
@@ -242,3 +244,20 @@ def test_what_a_sweep_cannot_do_is_refused_before_anything_runs() -> None:
         Sweep(hm, ids, [Cells("0.z", whole, zero)], metric, budget_bytes=0)
     with pytest.raises(ModelError, match="lies after the last block"):
         Sweep(hm, ids, [Cells("ln_final.out", whole, zero)], metric, engine="layers")
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Gemma2"])
+def test_a_norm_s_scale_and_value_are_swept_as_they_are_edited_by_hand(name: str) -> None:
+    hm, clean, corrupted = manager(name), tokens(seed=1), tokens(seed=2)
+    sites = ["1.ln1.normalized", "1.ln1.scale", "0.ln2.normalized"]
+    source, base = hm.run(clean, read=sites), hm.run(corrupted, read=sites)
+    columns = columns_of(torch.ones_like(clean, dtype=torch.bool), list(PLACES))
+    cells = [Cells.replacing(site, source[site], columns, base=base[site]) for site in sites]
+    metric = first_minus_second(2)
+    fast, slow = sweep(hm, corrupted, cells, [metric]), sweep(hm, corrupted, cells, [metric], engine="naive")
+    torch.testing.assert_close(fast.values, slow.values, atol=1e-4, rtol=1e-5)
+    by_hand = Replace(sites[0], source[sites[0]], where=Where(mask=columns[0]))
+    torch.testing.assert_close(
+        fast.values[0, 0], metric(hm.run(corrupted, write=[by_hand], logits="last")), atol=1e-4, rtol=1e-5
+    )
+    assert float((fast.values - fast.base[:, None]).abs().amax(2).min()) > 1e-3
