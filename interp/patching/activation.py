@@ -15,22 +15,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.disk import digest, weights_digest
-from interp.core.errors import DataError, ShapeError, SiteError
+from interp.core.errors import ConfigError, DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
-from interp.core.run import BySite, Run
+from interp.core.run import Run
 from interp.core.site import KINDS, Site
 from interp.core.sweep import Sweep
 from interp.core.sweep_cells import Cells
 from interp.core.text import Tokens
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.patching.ablation import mean_values
 from interp.patching.cells import grid_cells, latent_cells
+from interp.patching.noise import Noise, mean_of_draws, noise_at, noisy_cells
 from interp.patching.options import PatchOptions
-from interp.patching.places import Places, check_lengths, grouped, position_places, span_places
+from interp.patching.places import check_lengths, grouped, position_places, span_places
 from interp.patching.result import PatchResult
 from interp.patching.resume import Progress
+from interp.patching.values import PatchData, replacements
 
 __all__ = ["activation_patch"]
 
@@ -75,6 +76,7 @@ def activation_patch(
         The metrics per cell and example, with both baselines.
 
     Raises:
+        ConfigError: Optimal constants at some positions alone.
         DataError: Prompts of unequal length (both tokenisations are shown), or no corrupted prompts or metric.
         SiteError: Sites with and without heads together.
         ShapeError: A metric that is not one number per example.
@@ -87,13 +89,16 @@ def activation_patch(
     by = options.by or ("head" if _has_heads(chosen[0]) else "pos")
     if by in ("head", "pos_head", "span_head") and not _has_heads(chosen[0]):
         raise SiteError(f"by={by!r}: {chosen[0].short} has no heads; its axes are {' '.join(chosen[0].axes)}")
+    if options.ablation == "optimal" and pos is not None:
+        raise ConfigError("ablation='optimal': a constant is fitted for all positions at once; leave pos out")
     runs = {side: hm.run(getattr(job, side), read=chosen, logits="last") for side in ("clean", "corrupted")}
     metrics = _metrics(job, metric, runs["clean"])
     sweeps = [_sweep(hm, job, chosen, by, mode, pos, runs, metrics, options) for mode in options.modes]
     settings = _settings(chosen, by, pos, metrics, options)
     provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
     values, done = _run(hm, sweeps, provenance, options, progress)
-    n_sites, (labels, heads) = len(chosen), sweeps[0].labels
+    n_sites, n_draws, (labels, heads) = len(chosen), options.draws, sweeps[0].labels
+    values = mean_of_draws(values, sweeps[0].sweep.base, n_sites, n_draws)
     values = values.unflatten(1, (len(sweeps), n_sites, -1)).movedim(1, 0)
     several = isinstance(metric, list | tuple)
     first, noised = (values[0] if several else values[0, 0]), None
@@ -109,7 +114,7 @@ def activation_patch(
         patched=first,
         clean=bases["clean"] if several else bases["clean"][0],
         corrupted=bases["corrupted"] if several else bases["corrupted"][0],
-        unchanged=sweeps[0].sweep.unchanged.unflatten(0, (n_sites, -1)),
+        unchanged=sweeps[0].sweep.unchanged.unflatten(0, (n_sites, n_draws, -1)).all(1),
         metrics=[_name(m) for m in metrics],
         mode="both" if len(sweeps) > 1 else options.modes[0],
         ablation=options.ablation,
@@ -120,15 +125,6 @@ def activation_patch(
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
-    """Both sides of the pairs, and the pairs themselves where they were given."""
-
-    clean: Tokens
-    corrupted: Tokens
-    pairs: PairTokens | None
-
-
-@dataclass(frozen=True, eq=False)
 class _Ready:
     """One direction, ready to run, and the labels of its columns with the heads of each place."""
 
@@ -136,20 +132,20 @@ class _Ready:
     labels: tuple[list[str], int]
 
 
-def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: PatchOptions) -> _Job:
+def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: PatchOptions) -> PatchData:
     if isinstance(clean, PromptPairs | PairTokens):
         if corrupted is not None:
             raise DataError("pairs hold their corrupted prompts; give activation_patch(hm, pairs, sites=…)")
         even = options.by not in ("span", "span_head")
         pairs = clean.tokens(hm, same_length=even) if isinstance(clean, PromptPairs) else clean
-        job = _Job(pairs.clean, pairs.corrupted, pairs)
+        job = PatchData(pairs.clean, pairs.corrupted, pairs)
     else:
         if corrupted is None or metric is None:
             lacking = "corrupted prompts" if corrupted is None else "metric"
             raise DataError(
                 f"no {lacking} given: give clean and corrupted prompts and a metric=…, or PromptPairs alone"
             )
-        job = _Job(hm.to_tokens(clean), hm.to_tokens(corrupted), None)
+        job = PatchData(hm.to_tokens(clean), hm.to_tokens(corrupted), None)
     if len(job.clean) != len(job.corrupted):
         raise DataError(f"{len(job.clean)} clean prompts and {len(job.corrupted)} corrupted ones; give them in pairs")
     if options.by not in ("span", "span_head"):
@@ -157,7 +153,7 @@ def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: Patc
     return job
 
 
-def _metrics(job: _Job, metric: Any, clean: Run) -> list[Any]:
+def _metrics(job: PatchData, metric: Any, clean: Run) -> list[Any]:
     given = list(metric) if isinstance(metric, list | tuple) else [metric]
     found: list[Any] = []
     for one in given or [None]:
@@ -196,7 +192,7 @@ def _measure(metric: Callable[[Run], Tensor], out: Run) -> Float[Tensor, " batch
 
 def _sweep(
     hm: HookManager,
-    job: _Job,
+    job: PatchData,
     sites: list[Site],
     by: str,
     mode: str,
@@ -213,11 +209,15 @@ def _sweep(
     else:
         places = position_places(edited, getattr(job, source), pos, hm.tokenizer)
         places = places if by in ("pos", "pos_head") else grouped(places)
-    values = _values(hm, job, sites, places, by, runs[source], options)
+    noisy = options.ablation == "gaussian"
+    values = {} if noisy else replacements(hm, job, sites, places, by, runs[source], options)
     cells: list[Cells] = []
     for site in sites:
         base = runs[side][site]
-        if by == "latent":
+        if noisy:
+            made, parts = grid_cells(site, None, base, places, by)
+            made = noisy_cells(made, _noise(hm, edited, site, base, options))
+        elif by == "latent":
             made, parts = latent_cells(site, values[site], base, places, options.dictionary, options.latents)
         else:
             made, parts = grid_cells(site, values[site], base, places, by)
@@ -227,31 +227,10 @@ def _sweep(
     return _Ready(sweep, (labels or [""], len(parts)))
 
 
-def _values(
-    hm: HookManager, job: _Job, sites: list[Site], places: Places, by: str, source: Run, options: PatchOptions
-) -> Mapping[Site, Tensor]:
-    """What is put in the activations' place, in the columns of the edited run."""
-    if options.ablation == "resample":
-        return {s: places.from_other(source[s], s.axes.index("pos")) for s in sites}
-    if options.ablation == "zero":
-        return {s: torch.zeros_like(source[s][:1, :1]) if s.axes[1] == "pos" else source[s][:1] * 0 for s in sites}
-    if options.ablation == "mean":
-        if job.pairs is None:
-            raise DataError("ablation='mean' is over the pairs of a template; give PromptPairs")
-        spans = places.labels if by in ("span", "span_head") else None
-        return mean_values(hm, job.pairs, sites, spans=spans)
-    given = options.values
-    assert given is not None
-    by_site = BySite({Site(k): v for k, v in given.items()}) if not isinstance(given, BySite) else given
-    return {s: _fitted(by_site[s], s) for s in sites}
-
-
-def _fitted(value: Tensor, site: Site) -> Tensor:
-    """A given value with as many axes as its site: leading ones are added."""
-    missing = len(site.axes) - value.ndim
-    if missing < 0:
-        raise ShapeError(f"the value given for {site.short} has shape {tuple(value.shape)}; its axes are {site.axes}")
-    return value[(None,) * missing]
+def _noise(hm: HookManager, edited: Tokens, site: Site, base: Tensor, options: PatchOptions) -> Noise:
+    scale, draws, seed = options.sigmas, options.draws, options.seed or 0
+    special = hm.special_mask(edited.ids)
+    return noise_at(site, base, edited.mask, special, scale=scale, n_draws=draws, seed=seed)
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------
@@ -314,6 +293,7 @@ def _settings(sites: list[Site], by: str, pos: Any, metrics: list[Any], options:
         "ablation": options.ablation,
         "spans": options.spans,
         "latents": options.latents,
+        **options.extra,
     }
 
 

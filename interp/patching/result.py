@@ -23,7 +23,14 @@ _TITLES = {
     "denoise": "Clean activation into the corrupted run",
     "noise": "Clean run, one activation replaced",
 }
-_PUT_IN = {"resample": "by the other prompt's", "mean": "by its mean", "zero": "by zero", "given": "by a given value"}
+_PUT_IN = {
+    "resample": "by the other prompt's",
+    "mean": "by its mean",
+    "zero": "by zero",
+    "gaussian": "by itself with noise added",
+    "optimal": "by its optimal constant",
+    "given": "by a given value",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

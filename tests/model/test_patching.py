@@ -220,7 +220,7 @@ def test_a_result_of_both_directions_and_metrics_survives_saving(tmp_path: Path)
     frame = result.to_frame()
     assert loaded.to_frame().equals(frame) and len(frame) == 2 * 2 * 24 * 4
     assert set(frame["metric"]) == {"logit_diff", "log_prob"} and set(frame["mode"]) == {"denoise", "noise"}
-    assert len(result.plot().data[0].x) == 24 and len(result.noise.plot().data[0].z) == hm.n_heads
+    assert len(result.plot().data[-1].x) == 24 and len(result.noise.plot().data[0].z) == hm.n_heads
     low, high = result["log_prob"].interval(n_bootstrap=200)
     mean = result["log_prob"].effect.mean(-1)
     assert bool(((low <= mean + 1e-6) & (mean <= high + 1e-6)).all())
