@@ -27,6 +27,8 @@ _STOPPED = 143
 _STAND_IN = {"model": "-", "out": "-"}
 _PARTIAL = "partial.safetensors"
 
+_By = Literal["pos", "head", "pos_head", "neuron", "span", "span_head", "dest_src", "dest_src_head", "site"]
+
 
 class PatchConfig(PairsConfig):
     """Patch one place after another, exactly."""
@@ -34,7 +36,7 @@ class PatchConfig(PairsConfig):
     sites: list[str] = Field(
         default=["z"], min_length=1, description="a kind of site such as z or resid_pre (every layer), sites or globs"
     )
-    by: Literal["pos", "head", "pos_head", "neuron", "span", "span_head", "site"] | None = Field(
+    by: _By | None = Field(
         default=None,
         description="what is patched at a time; by default heads where the sites have them, else positions",
     )

@@ -13,7 +13,7 @@ from interp.data.pairs import PromptPairs
 
 __all__ = ["ABLATIONS", "BY", "MODES", "PatchOptions"]
 
-BY = ("pos", "head", "pos_head", "neuron", "span", "span_head", "latent", "site")
+BY = ("pos", "head", "pos_head", "neuron", "span", "span_head", "dest_src", "dest_src_head", "latent", "site")
 """What the columns of a sweep are."""
 
 MODES = ("denoise", "noise", "both")
@@ -31,7 +31,9 @@ class PatchOptions:
 
     Args:
         by: what the columns are: "pos", "head", "pos_head" (every head at every position), "neuron" (each entry of the
-            last axis), "span" and "span_head" (named spans of the pairs), "latent" (latents of a dictionary) or "site"
+            last axis), "span" and "span_head" (named spans of the pairs), "dest_src" and "dest_src_head" (single
+            entries of pattern or attn_scores, of all heads together or each: positions² cells; `pos` chooses the
+            destinations; patterns are not normalised again, scores are), "latent" (latents of a dictionary) or "site"
             (all of it at once). None takes heads where the sites have them, else positions.
         mode: "denoise" puts clean activations into the corrupted run, "noise" others into the clean run, "both" does
             one after the other. None is "denoise", or "noise" where the ablation is no other prompt.

@@ -52,12 +52,18 @@ def replacements(
         options: which ablation, and its settings; not "gaussian", which adds to the activation.
 
     Raises:
-        DataError: a mean without pairs, or constants fitted on the prompts that are measured.
+        DataError: a mean without pairs, zero for scores, or constants fitted on the prompts that are measured.
         ShapeError: a given value that does not fit its site.
     """
     if options.ablation == "resample":
         return {s: places.from_other(source[s], s.axes.index("pos")) for s in sites}
     if options.ablation == "zero":
+        scores = next((s for s in sites if s.kind == "attn_scores"), None)
+        if scores is not None:
+            raise DataError(
+                f"ablation='zero' at {scores.short}: a score of 0 takes no attention away, and puts it on masked "
+                "tokens too; use ablation='zero' at pattern"
+            )
         return {s: torch.zeros_like(source[s][:1, :1]) if s.axes[1] == "pos" else source[s][:1] * 0 for s in sites}
     if options.ablation == "mean":
         if data.pairs is None:

@@ -37,7 +37,7 @@ def test_gaussian_is_the_mean_of_edits_made_by_hand(engine: str) -> None:
     found = activation_patch(hm, pairs, sites=["0.z", "1.z"], pos=[1, -1], options=options)
     assert found.mode == "noise" and found.patched.shape == (2, 2 * hm.n_heads, 4)
     assert found.provenance.settings["noise"] == 2.0 and found.provenance.settings["n_draws"] == 3
-    assert "noise added" in found._heading()
+    assert "noise added" in found.heading()
     run, special = hm.run(tokens.clean, read=["0.z", "1.z"]), hm.special_mask(tokens.clean.ids)
     for site, column, pos, head in (("0.z", 1, 1, 1), ("1.z", hm.n_heads + 2, -1, 2)):
         noise = noise_at(Site(site), run[site], tokens.clean.mask, special, scale=2.0, n_draws=3, seed=5)
@@ -94,7 +94,7 @@ def test_the_optimal_constant_by_name_is_the_one_fitted_on_the_other_pairs() -> 
     given = PatchOptions(ablation="given", values=values)
     by_hand = activation_patch(hm, measured, sites=["1.z"], metric="kl", options=given)
     close(by_name.patched, by_hand.patched)
-    assert "optimal constant" in by_name._heading() and float(by_name.effect.abs().max()) > 1e-4
+    assert "optimal constant" in by_name.heading() and float(by_name.effect.abs().max()) > 1e-4
     mixed = same_form((9, 4), (4, 5))
     with pytest.raises(DataError, match=r"clean prompt 1 .*also in fit_on"):
         activation_patch(hm, mixed, sites=["1.z"], options=PatchOptions(ablation="optimal", fit_on=fit))
