@@ -27,6 +27,8 @@ _STOPPED = 143
 _STAND_IN = {"model": "-", "out": "-"}
 _PARTIAL = "partial.safetensors"
 
+_By = Literal["pos", "head", "pos_head", "neuron", "span", "span_head", "dest_src", "dest_src_head", "site"]
+
 
 class PatchConfig(PairsConfig):
     """Patch one place after another, exactly."""
@@ -34,7 +36,7 @@ class PatchConfig(PairsConfig):
     sites: list[str] = Field(
         default=["z"], min_length=1, description="a kind of site such as z or resid_pre (every layer), sites or globs"
     )
-    by: Literal["pos", "head", "pos_head", "neuron", "span", "span_head", "site"] | None = Field(
+    by: _By | None = Field(
         default=None,
         description="what is patched at a time; by default heads where the sites have them, else positions",
     )
@@ -45,11 +47,18 @@ class PatchConfig(PairsConfig):
     mode: Literal["denoise", "noise", "both"] | None = Field(
         default=None,
         description="denoise puts clean activations into the corrupted run, noise others into the clean run; by "
-        "default denoise, and noise for an ablation by mean or zero",
+        "default denoise, and noise for an ablation that is no other prompt",
     )
-    ablation: Literal["resample", "mean", "zero"] = Field(
-        default="resample", description="what is put there: the other prompt's activation, a mean, or nothing"
+    ablation: Literal["resample", "mean", "zero", "gaussian", "optimal"] = Field(
+        default="resample",
+        description="what is put there: the other prompt's activation, a mean, nothing, the activation with noise "
+        "added, or the constant that hurts least (fitted on the task's other split; by: head or site)",
     )
+    noise: float | None = Field(
+        default=None, gt=0, description="for gaussian, in standard deviations of the site's activation; by default 3"
+    )
+    n_draws: int | None = Field(default=None, gt=0, description="for gaussian, draws that a cell is the mean of; 10")
+    noise_seed: int | None = Field(default=None, ge=0, description="for gaussian, of the draws; by default 0")
     metrics: list[str] = Field(
         default=["logit_diff"], min_length=1, description="any of logit_diff, prob_diff, log_prob, rank, kl"
     )
@@ -64,6 +73,17 @@ class PatchConfig(PairsConfig):
     def _spans_fit(self) -> "PatchConfig":
         if self.spans is not None and self.by not in ("span", "span_head"):
             raise ValueError("spans are for by: span or span_head")
+        return self
+
+    @model_validator(mode="after")
+    def _ablation_fits(self) -> "PatchConfig":
+        noisy = [name for name in ("noise", "n_draws", "noise_seed") if getattr(self, name) is not None]
+        if noisy and self.ablation != "gaussian":
+            raise ValueError(f"{noisy[0]} is for ablation: gaussian")
+        if self.ablation == "optimal" and self.pairs.task is None:
+            raise ValueError("ablation: optimal fits on the other split of a task's words; give pairs.task, no file")
+        if self.ablation == "optimal" and (self.by not in (None, "head", "site") or self.pos is not None):
+            raise ValueError("ablation: optimal is one constant for all positions; give by: head or site, and no pos")
         return self
 
 
@@ -145,10 +165,18 @@ def _swept(hm: "HookManager", pairs: "PromptPairs", cfg: PatchConfig, partial: P
     from interp.patching.activation import activation_patch
     from interp.patching.options import PatchOptions
 
+    fit_on = None
+    if cfg.ablation == "optimal":
+        other = cfg.pairs.model_copy(update={"held_out": not cfg.pairs.held_out})
+        fit_on = open_pairs(hm, other, bos=cfg.bos).tokens(hm, bos=cfg.bos)
     options = PatchOptions(
         by=cfg.by,
         mode=cfg.mode,
         ablation=cfg.ablation,
+        noise=cfg.noise,
+        n_draws=cfg.n_draws,
+        seed=cfg.noise_seed,
+        fit_on=fit_on,
         spans=cfg.spans,
         engine=cfg.engine,
         budget_bytes=None if cfg.budget_mib is None else cfg.budget_mib * 2**20,

@@ -15,27 +15,35 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.disk import digest, weights_digest
-from interp.core.errors import DataError, ShapeError, SiteError
+from interp.core.errors import ConfigError, DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
-from interp.core.run import BySite, Run
+from interp.core.run import Run
 from interp.core.site import KINDS, Site
 from interp.core.sweep import Sweep
 from interp.core.sweep_cells import Cells
 from interp.core.text import Tokens
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.patching.ablation import mean_values
 from interp.patching.cells import grid_cells, latent_cells
+from interp.patching.entries import align_keys, entry_cells, entry_labels
+from interp.patching.noise import Noise, mean_of_draws, noise_at, noisy_cells
 from interp.patching.options import PatchOptions
-from interp.patching.places import Places, check_lengths, grouped, position_places, span_places
+from interp.patching.places import check_lengths, grouped, position_places, span_places
 from interp.patching.result import PatchResult
 from interp.patching.resume import Progress
+from interp.patching.values import PatchData, replacements
 
 __all__ = ["activation_patch"]
 
 _HEAD_AXES = ("n_heads", "n_kv_heads")
-_AXES = {"pos": "position", "pos_head": "position, head", "span_head": "span, head"}
+_AXES = {
+    "pos": "position",
+    "pos_head": "position, head",
+    "span_head": "span, head",
+    "dest_src": "dest, src",
+    "dest_src_head": "dest, src, head",
+}
 
 
 def activation_patch(
@@ -66,8 +74,9 @@ def activation_patch(
         metric: Maps a run to one number per example; it sees the logits of the last token, [batch 1 d_vocab]. With
             pairs also a name that `PairTokens.metric` takes ("kl" is from the clean run), their logit difference by
             default. A list measures several in one sweep.
-        pos: Positions from each row's first token, or back from its last. They are the columns of a position grid
-            (None takes all); where the columns are no positions, they are patched together.
+        pos: Positions from each row's first token, or back from its last. They are the columns of a position grid, or
+            the destinations of a grid of entries (None takes all); where the columns are no positions, they are
+            patched together.
         progress: Show a bar on stderr when it is a terminal.
         options: Everything else; see `PatchOptions`.
 
@@ -75,6 +84,7 @@ def activation_patch(
         The metrics per cell and example, with both baselines.
 
     Raises:
+        ConfigError: Optimal constants at some positions alone.
         DataError: Prompts of unequal length (both tokenisations are shown), or no corrupted prompts or metric.
         SiteError: Sites with and without heads together.
         ShapeError: A metric that is not one number per example.
@@ -84,16 +94,15 @@ def activation_patch(
     options = options or PatchOptions()
     chosen = _sites(hm, sites)
     job = _job(hm, clean, corrupted, metric, options)
-    by = options.by or ("head" if _has_heads(chosen[0]) else "pos")
-    if by in ("head", "pos_head", "span_head") and not _has_heads(chosen[0]):
-        raise SiteError(f"by={by!r}: {chosen[0].short} has no heads; its axes are {' '.join(chosen[0].axes)}")
+    by = _columns(chosen, pos, options)
     runs = {side: hm.run(getattr(job, side), read=chosen, logits="last") for side in ("clean", "corrupted")}
     metrics = _metrics(job, metric, runs["clean"])
     sweeps = [_sweep(hm, job, chosen, by, mode, pos, runs, metrics, options) for mode in options.modes]
     settings = _settings(chosen, by, pos, metrics, options)
     provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
     values, done = _run(hm, sweeps, provenance, options, progress)
-    n_sites, (labels, heads) = len(chosen), sweeps[0].labels
+    n_sites, n_draws = len(chosen), options.draws
+    values = mean_of_draws(values, sweeps[0].sweep.base, n_sites, n_draws)
     values = values.unflatten(1, (len(sweeps), n_sites, -1)).movedim(1, 0)
     several = isinstance(metric, list | tuple)
     first, noised = (values[0] if several else values[0, 0]), None
@@ -105,51 +114,60 @@ def activation_patch(
         provenance=provenance,
         sites=[s.short for s in chosen],
         axis=_AXES.get(by, by),
-        columns=labels,
+        columns=sweeps[0].labels,
         patched=first,
         clean=bases["clean"] if several else bases["clean"][0],
         corrupted=bases["corrupted"] if several else bases["corrupted"][0],
-        unchanged=sweeps[0].sweep.unchanged.unflatten(0, (n_sites, -1)),
+        unchanged=sweeps[0].sweep.unchanged.unflatten(0, (n_sites, n_draws, -1)).all(1),
         metrics=[_name(m) for m in metrics],
         mode="both" if len(sweeps) > 1 else options.modes[0],
         ablation=options.ablation,
         noised=noised,
-        heads=heads,
+        heads=sweeps[0].n_parts,
+        keys=sweeps[0].keys,
         notes=[*notes, *_cost(sweeps, done)],
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
-    """Both sides of the pairs, and the pairs themselves where they were given."""
-
-    clean: Tokens
-    corrupted: Tokens
-    pairs: PairTokens | None
-
-
-@dataclass(frozen=True, eq=False)
 class _Ready:
-    """One direction, ready to run, and the labels of its columns with the heads of each place."""
+    """One direction, ready to run, the labels of its columns and of the keys, and how many parts a place has."""
 
     sweep: Sweep
-    labels: tuple[list[str], int]
+    labels: list[str]
+    n_parts: int
+    keys: list[str]
 
 
-def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: PatchOptions) -> _Job:
+def _columns(sites: list[Site], pos: Any, options: PatchOptions) -> str:
+    """What the columns are, after refusing what these sites do not have."""
+    by = options.by or ("head" if _has_heads(sites[0]) else "pos")
+    if by in ("head", "pos_head", "span_head") and not _has_heads(sites[0]):
+        raise SiteError(f"by={by!r}: {sites[0].short} has no heads; its axes are {' '.join(sites[0].axes)}")
+    unkeyed = next((s for s in sites if "src" not in s.axes), None)
+    if by in ("dest_src", "dest_src_head") and unkeyed is not None:
+        raise SiteError(
+            f"by={by!r}: {unkeyed.short} has axes {' '.join(unkeyed.axes)}; use it at pattern or attn_scores"
+        )
+    if options.ablation == "optimal" and pos is not None:
+        raise ConfigError("ablation='optimal': a constant is fitted for all positions at once; leave pos out")
+    return by
+
+
+def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: PatchOptions) -> PatchData:
     if isinstance(clean, PromptPairs | PairTokens):
         if corrupted is not None:
             raise DataError("pairs hold their corrupted prompts; give activation_patch(hm, pairs, sites=…)")
         even = options.by not in ("span", "span_head")
         pairs = clean.tokens(hm, same_length=even) if isinstance(clean, PromptPairs) else clean
-        job = _Job(pairs.clean, pairs.corrupted, pairs)
+        job = PatchData(pairs.clean, pairs.corrupted, pairs)
     else:
         if corrupted is None or metric is None:
             lacking = "corrupted prompts" if corrupted is None else "metric"
             raise DataError(
                 f"no {lacking} given: give clean and corrupted prompts and a metric=…, or PromptPairs alone"
             )
-        job = _Job(hm.to_tokens(clean), hm.to_tokens(corrupted), None)
+        job = PatchData(hm.to_tokens(clean), hm.to_tokens(corrupted), None)
     if len(job.clean) != len(job.corrupted):
         raise DataError(f"{len(job.clean)} clean prompts and {len(job.corrupted)} corrupted ones; give them in pairs")
     if options.by not in ("span", "span_head"):
@@ -157,7 +175,7 @@ def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: Patc
     return job
 
 
-def _metrics(job: _Job, metric: Any, clean: Run) -> list[Any]:
+def _metrics(job: PatchData, metric: Any, clean: Run) -> list[Any]:
     given = list(metric) if isinstance(metric, list | tuple) else [metric]
     found: list[Any] = []
     for one in given or [None]:
@@ -196,7 +214,7 @@ def _measure(metric: Callable[[Run], Tensor], out: Run) -> Float[Tensor, " batch
 
 def _sweep(
     hm: HookManager,
-    job: _Job,
+    job: PatchData,
     sites: list[Site],
     by: str,
     mode: str,
@@ -212,46 +230,36 @@ def _sweep(
         places = span_places(edited, getattr(job, source), options.spans)
     else:
         places = position_places(edited, getattr(job, source), pos, hm.tokenizer)
-        places = places if by in ("pos", "pos_head") else grouped(places)
-    values = _values(hm, job, sites, places, by, runs[source], options)
+        places = places if by in ("pos", "pos_head", "dest_src", "dest_src_head") else grouped(places)
+    noisy = options.ablation == "gaussian"
+    values = {} if noisy else replacements(hm, job, sites, places, by, runs[source], options)
+    if options.ablation == "resample":
+        values = align_keys(values, runs[side], edited, getattr(job, source))
+    keys = position_places(edited, edited, None, hm.tokenizer) if by.startswith("dest_src") else None
     cells: list[Cells] = []
     for site in sites:
         base = runs[side][site]
-        if by == "latent":
+        if noisy:
+            made, parts = grid_cells(site, None, base, places, by)
+            made = noisy_cells(made, _noise(hm, edited, site, base, options))
+        elif keys is not None:
+            made, parts = entry_cells(site, values[site], base, places, keys, by_head=by == "dest_src_head")
+        elif by == "latent":
             made, parts = latent_cells(site, values[site], base, places, options.dictionary, options.latents)
         else:
             made, parts = grid_cells(site, values[site], base, places, by)
         cells.append(made)
     labels = [" · ".join(p for p in (place, part) if p) for place in places.labels for part in parts]
+    if keys is not None:
+        labels = entry_labels(places, keys, parts)
     sweep = Sweep(hm, edited, cells, metrics, engine=options.engine, budget_bytes=options.budget_bytes)
-    return _Ready(sweep, (labels or [""], len(parts)))
+    return _Ready(sweep, labels or [""], len(parts), keys.labels if keys is not None else [])
 
 
-def _values(
-    hm: HookManager, job: _Job, sites: list[Site], places: Places, by: str, source: Run, options: PatchOptions
-) -> Mapping[Site, Tensor]:
-    """What is put in the activations' place, in the columns of the edited run."""
-    if options.ablation == "resample":
-        return {s: places.from_other(source[s], s.axes.index("pos")) for s in sites}
-    if options.ablation == "zero":
-        return {s: torch.zeros_like(source[s][:1, :1]) if s.axes[1] == "pos" else source[s][:1] * 0 for s in sites}
-    if options.ablation == "mean":
-        if job.pairs is None:
-            raise DataError("ablation='mean' is over the pairs of a template; give PromptPairs")
-        spans = places.labels if by in ("span", "span_head") else None
-        return mean_values(hm, job.pairs, sites, spans=spans)
-    given = options.values
-    assert given is not None
-    by_site = BySite({Site(k): v for k, v in given.items()}) if not isinstance(given, BySite) else given
-    return {s: _fitted(by_site[s], s) for s in sites}
-
-
-def _fitted(value: Tensor, site: Site) -> Tensor:
-    """A given value with as many axes as its site: leading ones are added."""
-    missing = len(site.axes) - value.ndim
-    if missing < 0:
-        raise ShapeError(f"the value given for {site.short} has shape {tuple(value.shape)}; its axes are {site.axes}")
-    return value[(None,) * missing]
+def _noise(hm: HookManager, edited: Tokens, site: Site, base: Tensor, options: PatchOptions) -> Noise:
+    scale, draws, seed = options.sigmas, options.draws, options.seed or 0
+    special = hm.special_mask(edited.ids)
+    return noise_at(site, base, edited.mask, special, scale=scale, n_draws=draws, seed=seed)
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------
@@ -314,6 +322,7 @@ def _settings(sites: list[Site], by: str, pos: Any, metrics: list[Any], options:
         "ablation": options.ablation,
         "spans": options.spans,
         "latents": options.latents,
+        **options.extra,
     }
 
 

@@ -17,12 +17,12 @@ __all__ = ["grid_cells", "latent_cells"]
 _HEAD_AXES = ("n_heads", "n_kv_heads")
 
 
-def grid_cells(site: Site, value: Tensor, base: Tensor, places: Places, by: str) -> tuple[Cells, list[str]]:
+def grid_cells(site: Site, value: Tensor | None, base: Tensor, places: Places, by: str) -> tuple[Cells, list[str]]:
     """Return the cells of one site, place by place, and within a place part by part.
 
     Args:
         site: the site.
-        value: what is put there, broadcastable to base.
+        value: what is put there, broadcastable to base; None keeps every cell, for a caller who gives its own values.
         base: the activation of the run that is edited.
         places: the places.
         by: one of `interp.patching.options.BY`.
@@ -40,6 +40,8 @@ def grid_cells(site: Site, value: Tensor, base: Tensor, places: Places, by: str)
         size = base.shape[-1]
         units, parts = torch.arange(size).repeat(n), [str(u) for u in range(size)]
     columns = places.columns.repeat_interleave(len(parts), 0)
+    if value is None:
+        return Cells.replacing(site, base, columns, heads=heads, units=units), parts
     return Cells.replacing(site, value, columns, base=base, heads=heads, units=units), parts
 
 

@@ -14,7 +14,7 @@ from interp.core.passes import frame_of
 from interp.core.text import Tokens, str_tokens
 from interp.core.where import Where
 
-__all__ = ["Places", "check_lengths", "grouped", "position_places", "span_places"]
+__all__ = ["Places", "check_lengths", "grouped", "key_columns", "position_places", "span_places"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Places:
 
         Args:
             x: [batch …], its position axis at `axis`.
-            axis: 1, or 2 for pattern and attn_scores, whose keys must correspond as they are.
+            axis: 1, or 2 for pattern and attn_scores, whose keys `interp.patching.entries.align_keys` lays out.
         """
         width = torch.arange(self.other.shape[1])
         if x.shape[axis] == len(width) and bool((self.other == width).all()):
@@ -69,7 +69,7 @@ def position_places(edited: Tokens, other: Tokens, pos: Any, tokenizer: Any) -> 
     chosen = [p % longest for p in chosen] if even else chosen
     columns = torch.stack([_at(frame, p) for p in chosen])
     labels = [_label(p, columns[i], edited, other, tokenizer) for i, p in enumerate(chosen)]
-    return Places(labels, columns, _by_rank(edited, other))
+    return Places(labels, columns, key_columns(edited, other))
 
 
 def span_places(edited: Tokens, other: Tokens, names: Sequence[str] | None) -> Places:
@@ -123,22 +123,22 @@ def check_lengths(tokenizer: Any, clean: Tokens, corrupted: Tokens) -> None:
             )
 
 
+def key_columns(edited: Tokens, other: Tokens) -> Int[Tensor, "batch pos"]:
+    """Return, for each column, the other run's column of the same token number; pads get column 0."""
+    rank = (edited.mask.long().cumsum(1) - 1).clamp(min=0).cpu()
+    first = other.mask.int().argmax(1, keepdim=True).cpu()
+    return torch.where(edited.mask.cpu(), rank + first, 0)
+
+
 def _at(frame: Frame, pos: int) -> Bool[Tensor, "batch pos"]:
     """One position of every row that is long enough for it."""
     has = frame.lengths() > (pos if pos >= 0 else -pos - 1)
     return Where(pos=pos, rows=has.nonzero()[:, 0].tolist()).columns(frame)
 
 
-def _by_rank(edited: Tokens, other: Tokens) -> Int[Tensor, "batch pos"]:
-    """For each column, the other run's column of the same token number; pads get column 0."""
-    rank = (edited.mask.long().cumsum(1) - 1).clamp(min=0).cpu()
-    first = other.mask.int().argmax(1, keepdim=True).cpu()
-    return torch.where(edited.mask.cpu(), rank + first, 0)
-
-
 def _label(pos: int, columns: Tensor, edited: Tokens, other: Tokens, tokenizer: Any) -> str:
     names = []
-    match = _by_rank(edited, other)
+    match = key_columns(edited, other)
     for ids in (other.ids.cpu().gather(1, match)[columns], edited.ids.cpu()[columns]):
         names.append(_names(tokenizer, ids.unique()))
     if len(names[0]) != 1 or len(names[1]) != 1:

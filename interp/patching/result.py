@@ -23,7 +23,14 @@ _TITLES = {
     "denoise": "Clean activation into the corrupted run",
     "noise": "Clean run, one activation replaced",
 }
-_PUT_IN = {"resample": "by the other prompt's", "mean": "by its mean", "zero": "by zero", "given": "by a given value"}
+_PUT_IN = {
+    "resample": "by the other prompt's",
+    "mean": "by its mean",
+    "zero": "by zero",
+    "gaussian": "by itself with noise added",
+    "optimal": "by its optimal constant",
+    "given": "by a given value",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -43,6 +50,7 @@ class PatchResult(Result):
         ablation: What is put in an activation's place.
         noised: With mode "both", the metric of the clean run with one cell replaced.
         heads: For columns of positions and heads, how many heads each position has; else 1.
+        keys: For columns of destinations and sources, the labels of the sources, which run faster; else none.
         notes: Which plan the sweep ran by, what was left out, and what a reader should know.
     """
 
@@ -59,6 +67,7 @@ class PatchResult(Result):
     ablation: str = "resample"
     noised: Float[Tensor, "*metric site column batch"] | None = None
     heads: int = 1
+    keys: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     # -- one metric, one direction ------------------------------------------------------------------------------
@@ -185,14 +194,39 @@ class PatchResult(Result):
             }
         )
 
-    def plot(self) -> "plotly.graph_objects.Figure":
+    def plot(self, *, site: str | None = None) -> "plotly.graph_objects.Figure":
         """Draw the first metric: sites × columns, with heads in rows of their own where positions have heads.
 
         The share of the gap, or the raw effect where the gap is not clear. With both modes, the two effects of every
-        cell against each other.
+        cell against each other. Entries of patterns are destinations × sources, one panel for each site, or head of
+        one: the strongest few.
+
+        Args:
+            site: One of `sites`: draw it alone, and every example of it: a dot for each beside the mean of each column
+                and its 95 % interval. Of entries of patterns, the panels of that site.
+
+        Raises:
+            DataError: No such site was patched.
         """
+        from interp.patching import patch_figures
+
         one = self._first
+        if site is not None:
+            one = one._at_site(site)
+        if one.keys:
+            return patch_figures.entry_maps(one._directions()[0])
+        if site is not None:
+            return patch_figures.example_strip(one._directions()[0])
         return one._scatter() if one.noised is not None else one._grid()
+
+    def _at_site(self, site: str) -> "PatchResult":
+        if site not in self.sites:
+            hint = nearest(site, self.sites) or f"they are {', '.join(self.sites)}"
+            raise DataError(f"no site {site!r} was patched; {hint}")
+        at = self.sites.index(site)
+        noised = None if self.noised is None else self.noised[at : at + 1]
+        held = {"patched": self.patched[at : at + 1], "unchanged": self.unchanged[at : at + 1], "noised": noised}
+        return replace(self, sites=[site], **held)
 
     def _grid(self) -> "plotly.graph_objects.Figure":
         from interp.report.figures import Axis, heatmap
@@ -215,12 +249,13 @@ class PatchResult(Result):
             values,
             rows=Axis("", rows),
             columns=Axis(axis, columns),
-            title=self._heading(),
+            title=self.heading(),
             value=share if clear else f"mean effect on {self.metrics[0]}",
             diverging=True,
         )
 
-    def _heading(self) -> str:
+    def heading(self) -> str:
+        """Return what was done, as a figure's heading."""
         if self.mode == "denoise":
             return _TITLES["denoise"]
         return f"{_TITLES['noise']} {_PUT_IN[self.ablation]}"

@@ -94,3 +94,22 @@ def test_a_dry_run_writes_nothing_and_bad_settings_are_refused(
     assert main([verb, *PAIRS, "--out", str(tmp_path / "mine"), "--force"]) == 2
     assert "was not written by this command" in capfd.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_noise_and_the_optimal_constant_are_asked_for_on_the_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    noisy = ["patch", *PAIRS, "--sites", "2.z", "--ablation", "gaussian", "--noise", "2", "--n-draws", "2"]
+    assert main([*noisy, "--out", str(tmp_path / "noise")]) == 0
+    held = PatchResult.load(tmp_path / "noise" / "result")
+    assert held.ablation == "gaussian" and held.provenance.settings["n_draws"] == 2 and held.mode == "noise"
+    best = ["patch", *PAIRS, "--sites", "2.mlp_out", "--by", "site", "--ablation", "optimal"]
+    assert main([*best, "--out", str(tmp_path / "best")]) == 0
+    assert PatchResult.load(tmp_path / "best" / "result").ablation == "optimal"
+    capfd.readouterr()
+    for words, says in (
+        (["--noise", "2"], "noise is for ablation: gaussian"),
+        (["--ablation", "optimal", "--by", "pos_head"], "one constant for all positions"),
+    ):
+        assert main(["patch", *PAIRS, *words, "--out", str(tmp_path / "bad")]) == 2
+        assert says in capfd.readouterr().err

@@ -97,7 +97,7 @@ def test_zero_and_mean_are_the_edits_made_by_hand() -> None:
     hm, pairs = manager("Llama"), ragged()
     tokens = pairs.tokens(hm)
     zero = activation_patch(hm, pairs, sites="z", options=PatchOptions(ablation="zero"))
-    assert zero.mode == "noise" and "by zero" in zero._heading()
+    assert zero.mode == "noise" and "by zero" in zero.heading()
     by_hand = hm.run(tokens.clean, write=[Ablate("1.z", where=Where(head=2))], logits="last")
     close(zero.patched[1, 2], tokens.logit_diff(by_hand))
     mean = activation_patch(hm, pairs, sites=["0.mlp_out"], pos=[3], options=PatchOptions(ablation="mean"))
