@@ -53,9 +53,14 @@ def heat_panels(
         figure.add_heatmap(z=grid.detach().float().cpu().tolist(), y=labels, coloraxis="coloraxis", row=1, col=column)
     dressed(figure, title, value)
     scale = [[0.0, "#1f6fc9"], [0.5, "rgba(127,127,127,0.07)"], [1.0, "#d9640f"]]
+    # The panels' headings stand between the title and the plot.
     figure.update_layout(
-        height=max(260, 160 + 24 * len(rows)), coloraxis={"colorscale": scale, "cmin": -top, "cmax": top}
+        height=max(260, 184 + 24 * len(rows)),
+        margin_t=88,
+        title={"y": 1, "yanchor": "top", "pad_t": 12},
+        coloraxis={"colorscale": scale, "cmin": -top, "cmax": top, "colorbar": {"thickness": 10, "outlinewidth": 0}},
     )
-    figure.update_yaxes(autorange="reversed")
-    figure.update_xaxes(title={"text": plain(across)})
+    figure.update_annotations(font_size=12)
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_xaxes(title={"text": plain(across) if across else ""}, showgrid=False)
     return figure

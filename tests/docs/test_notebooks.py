@@ -1,34 +1,19 @@
 """Notebooks run from top to bottom, say true things, and are committed without their outputs."""
 
-import ast
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
+from tests.notebooks import NOTEBOOKS, REAL_MODELS, code_cells, run
+
+NEED_REAL_MODELS = {"06_real_models"}
+"""These run to their end in tests/real."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-def code_cells(path: Path) -> list[Any]:
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def run_cell(source: str, name: str, names: dict[str, Any]) -> str:
-    """Run a cell as a notebook does; what its last expression shows, as HTML or text."""
-    body = ast.parse(source, name).body
-    last = body.pop() if isinstance(body[-1], ast.Expr) else None
-    exec(compile(ast.Module(body, []), name, "exec"), names)
-    if not isinstance(last, ast.Expr):
-        return ""
-    value = eval(compile(ast.Expression(last.value), name, "eval"), names)
-    show = getattr(value, "_repr_html_", None) or (lambda: repr(value))
-    return "" if value is None else str(show())
+complete = pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem not in NEED_REAL_MODELS], ids=lambda path: path.stem
+)
 
 
 def test_the_tour_is_there() -> None:
@@ -46,20 +31,32 @@ def test_a_notebook_ends_by_asserting_what_it_claims(path: Path) -> None:
     assert code_cells(path)[-1].source.count("assert ") >= 3
 
 
-@each_notebook
+@complete
 def test_a_notebook_runs_and_its_claims_hold(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "__main__"}
-    shown = [run_cell(cell.source, f"{path.name}[{n}]", names) for n, cell in enumerate(code_cells(path))]
+    shown, stopped = run(path)
+    assert not stopped
     assert len("".join(shown)) > 1000, "a notebook shows something"
     assert capsys.readouterr().out
     assert not list(tmp_path.iterdir()), "a notebook writes no files unless it cleans them up"
 
 
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.stem in NEED_REAL_MODELS], ids=lambda path: path.stem
+)
+def test_without_its_models_a_notebook_says_what_it_needs_and_stops(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(REAL_MODELS, str(tmp_path))
+    shown, stopped = run(path)
+    assert stopped.startswith(f"set {REAL_MODELS} to a folder that holds ") and stopped.endswith(str(tmp_path))
+    assert "\n" not in stopped and not "".join(shown)
+
+
 @pytest.mark.slow
-@each_notebook
+@complete
 def test_a_notebook_runs_in_a_kernel_and_shows_something(path: Path) -> None:
     from nbclient import NotebookClient
 
