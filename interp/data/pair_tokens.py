@@ -146,7 +146,9 @@ class PairTokens:
         Args:
             fact: the fact in `meta` that says a pair's form; None, or a fact that no pair has, takes all as one.
         """
-        values = [str(facts[fact]) if fact in facts else None for facts in self.meta] or [None] * len(self)
+        if fact is None or not self.meta:
+            return torch.zeros(len(self), dtype=torch.long)
+        values = [str(facts[fact]) if fact in facts else None for facts in self.meta]
         known = {value: i for i, value in enumerate(dict.fromkeys(values))}
         return torch.tensor([known[value] for value in values])
 
