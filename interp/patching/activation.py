@@ -25,8 +25,9 @@ from interp.core.sweep_cells import Cells
 from interp.core.text import Tokens
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.patching.cells import grid_cells, latent_cells
+from interp.patching.cells import grid_cells
 from interp.patching.entries import align_keys, entry_cells, entry_labels
+from interp.patching.latents import latent_cells, read_sites
 from interp.patching.noise import Noise, mean_of_draws, noise_at, noisy_cells
 from interp.patching.options import PatchOptions
 from interp.patching.places import check_lengths, grouped, position_places, span_places
@@ -95,19 +96,19 @@ def activation_patch(
     chosen = _sites(hm, sites)
     job = _job(hm, clean, corrupted, metric, options)
     by = _columns(chosen, pos, options)
-    runs = {side: hm.run(getattr(job, side), read=chosen, logits="last") for side in ("clean", "corrupted")}
+    reads = read_sites(hm, chosen, options)
+    read = list(dict.fromkeys([*chosen, *reads.values()]))
+    runs = {side: hm.run(getattr(job, side), read=read, logits="last") for side in ("clean", "corrupted")}
     metrics = _metrics(job, metric, runs["clean"])
-    sweeps = [_sweep(hm, job, chosen, by, mode, pos, runs, metrics, options) for mode in options.modes]
-    settings = _settings(chosen, by, pos, metrics, options)
+    sweeps = [_sweep(hm, job, chosen, reads, by, mode, pos, runs, metrics, options) for mode in options.modes]
+    settings = _settings(chosen, reads, by, pos, metrics, options)
     provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
     values, done = _run(hm, sweeps, provenance, options, progress)
     n_sites, n_draws = len(chosen), options.draws
     values = mean_of_draws(values, sweeps[0].sweep.base, n_sites, n_draws)
     values = values.unflatten(1, (len(sweeps), n_sites, -1)).movedim(1, 0)
     several = isinstance(metric, list | tuple)
-    first, noised = (values[0] if several else values[0, 0]), None
-    if len(sweeps) > 1:
-        noised = values[1] if several else values[1, 0]
+    halves = [half if several else half[0] for half in values]
     bases = {side: torch.stack([_measure(m, runs[side]) for m in metrics]) for side in runs}
     notes = list(dict.fromkeys(note for s in sweeps for note in s.sweep.notes))
     return PatchResult(
@@ -115,14 +116,14 @@ def activation_patch(
         sites=[s.short for s in chosen],
         axis=_AXES.get(by, by),
         columns=sweeps[0].labels,
-        patched=first,
+        patched=halves[0],
         clean=bases["clean"] if several else bases["clean"][0],
         corrupted=bases["corrupted"] if several else bases["corrupted"][0],
         unchanged=sweeps[0].sweep.unchanged.unflatten(0, (n_sites, n_draws, -1)).all(1),
         metrics=[_name(m) for m in metrics],
         mode="both" if len(sweeps) > 1 else options.modes[0],
         ablation=options.ablation,
-        noised=noised,
+        noised=halves[1] if len(halves) > 1 else None,
         heads=sweeps[0].n_parts,
         keys=sweeps[0].keys,
         notes=[*notes, *_cost(sweeps, done)],
@@ -216,6 +217,7 @@ def _sweep(
     hm: HookManager,
     job: PatchData,
     sites: list[Site],
+    reads: Mapping[Site, Site],
     by: str,
     mode: str,
     pos: Any,
@@ -232,7 +234,7 @@ def _sweep(
         places = position_places(edited, getattr(job, source), pos, hm.tokenizer)
         places = places if by in ("pos", "pos_head", "dest_src", "dest_src_head") else grouped(places)
     noisy = options.ablation == "gaussian"
-    values = {} if noisy else replacements(hm, job, sites, places, by, runs[source], options)
+    values = {} if noisy else replacements(hm, job, [reads.get(s, s) for s in sites], places, by, runs[source], options)
     if options.ablation == "resample":
         values = align_keys(values, runs[side], edited, getattr(job, source))
     keys = position_places(edited, edited, None, hm.tokenizer) if by.startswith("dest_src") else None
@@ -245,7 +247,11 @@ def _sweep(
         elif keys is not None:
             made, parts = entry_cells(site, values[site], base, places, keys, by_head=by == "dest_src_head")
         elif by == "latent":
-            made, parts = latent_cells(site, values[site], base, places, options.dictionary, options.latents)
+            read, which = reads[site], options.latents
+            there, here, width = values[read], runs[side][read], base.shape[-1]
+            made, parts = latent_cells(
+                site, there, here, places, dictionary=options.dictionary, latents=which, width=width
+            )
         else:
             made, parts = grid_cells(site, values[site], base, places, by)
         cells.append(made)
@@ -277,6 +283,7 @@ def _run(
         "settings": provenance.settings,
         "weights": weights_digest(hm.model) if options.resume else "",
         "bases": digest(*(s.sweep.base for s in sweeps)) if options.resume else "",
+        "given": _digest_of_given(options) if options.resume else "",
     }
     table = Progress(
         (len(first.metrics), sum(sizes), first.batch),
@@ -300,6 +307,18 @@ def _run(
     return table.values, int(table.done.sum())
 
 
+def _digest_of_given(options: PatchOptions) -> str:
+    """What tells values and dictionaries apart that somebody gave, or "" where none are."""
+    tensors = list((options.values or {}).values())
+    for name in ("W_enc", "b_enc", "W_dec"):
+        weight = getattr(options.dictionary, name, None)
+        tensors += [weight] if isinstance(weight, Tensor) else []
+    if isinstance(options.fit_on, PairTokens):
+        tensors += [options.fit_on.clean.ids, options.fit_on.clean.mask]
+    texts = [repr(list(options.fit_on))] if isinstance(options.fit_on, PromptPairs) else []
+    return digest(*tensors, *texts) if tensors or texts else ""
+
+
 def _cost(sweeps: list[_Ready], done: int) -> list[str]:
     total, still = sum(len(s.sweep) for s in sweeps), sum(int(s.sweep.unchanged.sum()) for s in sweeps)
     notes = []
@@ -311,7 +330,9 @@ def _cost(sweeps: list[_Ready], done: int) -> list[str]:
     return notes
 
 
-def _settings(sites: list[Site], by: str, pos: Any, metrics: list[Any], options: PatchOptions) -> dict[str, Any]:
+def _settings(
+    sites: list[Site], reads: Mapping[Site, Site], by: str, pos: Any, metrics: list[Any], options: PatchOptions
+) -> dict[str, Any]:
     names = [_name(m) for m in metrics]
     return {
         "sites": [s.short for s in sites],
@@ -322,6 +343,7 @@ def _settings(sites: list[Site], by: str, pos: Any, metrics: list[Any], options:
         "ablation": options.ablation,
         "spans": options.spans,
         "latents": options.latents,
+        **({"reads": [s.short for s in reads.values()]} if reads else {}),
         **options.extra,
     }
 

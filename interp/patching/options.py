@@ -48,7 +48,11 @@ class PatchOptions:
         seed: for "gaussian": of the noise. None is 0.
         fit_on: for "optimal": pairs whose clean prompts the constants are fitted on, none of which is measured.
         spans: for "span": the names; None takes all of them.
-        dictionary: for "latent": anything with encode and W_dec [d_sae d], which reads the sites.
+        dictionary: for "latent": anything with encode, decode and W_dec [d_sae d], which reads the sites; or a
+            transcoder, with the one site that it writes: that changes by (latent there − latent here) · its row of
+            W_dec.
+        reads: for "latent": the site that the dictionary reads, where it writes another. None is what a transcoder
+            says of itself.
         latents: for "latent": which; None takes all.
         engine: as for `interp.core.sweep.Sweep`.
         budget_bytes: as for `Sweep`.
@@ -69,6 +73,7 @@ class PatchOptions:
     fit_on: Any = field(default=None, repr=False)
     spans: Sequence[str] | None = None
     dictionary: Any = field(default=None, repr=False)
+    reads: Any = None
     latents: Sequence[int] | None = None
     engine: str = "auto"
     budget_bytes: int | None = None
@@ -94,6 +99,9 @@ class PatchOptions:
         if (self.by == "latent") != (self.dictionary is not None):
             raise ConfigError("PatchOptions: by='latent' and dictionary=… go together")
         self._check_ablation()
+        for name in ("reads", "latents"):
+            if self.by != "latent" and getattr(self, name) is not None:
+                raise ConfigError(f"PatchOptions({name}=…, by={self.by!r}): {name} is for by='latent'")
         if self.by == "latent" and self.ablation != "resample":
             raise ConfigError("PatchOptions: latents are patched with the other prompt's; leave ablation out")
         if self.spans is not None and self.by not in ("span", "span_head"):

@@ -287,3 +287,25 @@ def test_the_optimal_constant_hurts_less_than_the_mean_and_zero_and_is_one_per_h
     assert bool((mean_of["best"] <= mean_of["mean"] + 1e-5).all()) and bool((mean_of["best"] <= mean_of["zero"]).all())
     assert float((mean_of["best"] / mean_of["mean"]).min()) < 0.9
     assert all(parameter.grad is None for parameter in hm.model.parameters())
+
+
+def test_a_site_s_strip_has_every_example_of_every_head() -> None:
+    hm, pairs = manager("GPT2"), ragged()
+    found = activation_patch(hm, pairs, sites="z", metric=["logit_diff", "kl"], options=PatchOptions(mode="both"))
+    figure = found.plot(site="1.z")
+    one = found["logit_diff"]
+    close(torch.tensor(figure.data[0].y).reshape(hm.n_heads, 4), one.effect[1])
+    close(torch.tensor(figure.data[1].y), one.effect[1].mean(-1))
+    low, high = one.interval()
+    bar = figure.data[1].error_y
+    mean, above, below = (torch.tensor(v) for v in (figure.data[1].y, bar.array, bar.arrayminus))
+    close(mean + above, high[1].float())
+    close(mean - below, low[1].float())
+    back = found["kl"].noise.plot(site="2.z")
+    close(torch.tensor(back.data[0].y).reshape(hm.n_heads, 4), found["kl"].noise.effect[2])
+    assert "1.z" in figure.layout.xaxis.title.text and "logit_diff" in figure.layout.yaxis.title.text
+    with pytest.raises(DataError, match=r"no site '3\.z' was patched"):
+        found.plot(site="3.z")
+    wide = activation_patch(hm, pairs, sites=["0.mlp_post"], options=PatchOptions(by="neuron"))
+    with pytest.raises(DataError, match="a strip shows up to"):
+        wide.plot(site="0.mlp_post")
