@@ -72,8 +72,8 @@ def test_a_sweep_is_the_naive_loop(name: str) -> None:
     hm = manager(name)
     sites = sites_of(hm)
     layouts: list[tuple[Tensor, Tensor, Tensor | None]] = [(tokens(seed=1), tokens(seed=2), None)]
-    for (_, clean, mask), (_, corrupted, _) in zip(paddings(tokens(seed=1)), paddings(tokens(seed=2)), strict=True):
-        layouts.append((clean, corrupted, mask))
+    for (_, one, real), (_, other, _) in zip(paddings(tokens(seed=1)), paddings(tokens(seed=2)), strict=True):
+        layouts.append((one, other, real))
     moved = []
     for number, (clean, corrupted, mask) in enumerate(layouts):
         real = torch.ones_like(clean, dtype=torch.bool) if mask is None else mask

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError
-from interp.core.intervention import Edit
+from interp.core.intervention import Add
 from interp.core.site import Site
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
@@ -44,10 +44,7 @@ def test_gaussian_is_the_mean_of_edits_made_by_hand(engine: str) -> None:
         counted = run[site][tokens.clean.mask & ~special]
         assert noise.sigma == pytest.approx(float(((counted - counted.mean()) ** 2).mean() ** 0.5), rel=1e-5)
         where = Where(pos=pos, head=head)
-        runs = [
-            hm.run(tokens.clean, write=[Edit(site, lambda x, d=d: x + d, where=where)], logits="last")
-            for d in noise.draws
-        ]
+        runs = [hm.run(tokens.clean, write=[Add(site, d, where=where)], logits="last") for d in noise.draws]
         by_hand = torch.stack([tokens.logit_diff(run) for run in runs]).mean(0)
         close(found.patched[int(site[0]), column], by_hand)
         assert float((by_hand - found.clean).abs().max()) > 1e-3

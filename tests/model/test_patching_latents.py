@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import ConfigError
-from interp.core.intervention import Edit
+from interp.core.intervention import Add
 from interp.core.where import Where
 from interp.dictionaries.base import Transcoder
 from interp.patching.activation import activation_patch
@@ -32,7 +32,7 @@ def test_a_latent_moves_what_the_transcoder_writes_along_its_row(name: str, form
     there, here = (coder.encode(hm.run(t, read=[place])[place]) for t in (tokens.clean, tokens.corrupted))
     for column, latent in enumerate(latents):
         change = (there - here)[..., latent, None] * coder.W_dec[latent]
-        edit = Edit("0.mlp_out", lambda x, change=change: x + change, where=Where())
+        edit = Add("0.mlp_out", change)
         by_hand = tokens.logit_diff(hm.run(tokens.corrupted, write=[edit], logits="last"))
         close(found.patched[0, column], by_hand)
     assert float(found.effect.abs().max()) > 1e-3
