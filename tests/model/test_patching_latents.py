@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import ConfigError
-from interp.core.intervention import Add
+from interp.core.intervention import Add, Edit
 from interp.core.where import Where
 from interp.dictionaries.base import Transcoder
 from interp.patching.activation import activation_patch
