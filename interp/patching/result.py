@@ -225,8 +225,8 @@ class PatchResult(Result):
             raise DataError(f"no site {site!r} was patched; {hint}")
         at = self.sites.index(site)
         noised = None if self.noised is None else self.noised[at : at + 1]
-        held = {"patched": self.patched[at : at + 1], "unchanged": self.unchanged[at : at + 1], "noised": noised}
-        return replace(self, sites=[site], **held)
+        patched, unchanged = self.patched[at : at + 1], self.unchanged[at : at + 1]
+        return replace(self, sites=[site], patched=patched, unchanged=unchanged, noised=noised)
 
     def _grid(self) -> "plotly.graph_objects.Figure":
         from interp.report.figures import Axis, heatmap
