@@ -107,8 +107,7 @@ def activation_patch(
     n_sites, n_draws = len(chosen), options.draws
     values = mean_of_draws(values, sweeps[0].sweep.base, n_sites, n_draws)
     values = values.unflatten(1, (len(sweeps), n_sites, -1)).movedim(1, 0)
-    several = isinstance(metric, list | tuple)
-    halves = [half if several else half[0] for half in values]
+    halves = list(values) if (several := isinstance(metric, list | tuple)) else [half[0] for half in values]
     bases = {side: torch.stack([_measure(m, runs[side]) for m in metrics]) for side in runs}
     notes = list(dict.fromkeys(note for s in sweeps for note in s.sweep.notes))
     return PatchResult(
