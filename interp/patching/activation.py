@@ -130,10 +130,11 @@ class _Job:
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """One direction, ready to run, and the labels of its columns with the heads of each place."""
+    """One direction, ready to run, the labels of its columns with each place's heads, and a digest of its edits."""
 
     sweep: Sweep
     labels: tuple[list[str], int]
+    edits: str = ""
 
 
 def _job(hm: HookManager, clean: Any, corrupted: Any, metric: Any, options: PatchOptions) -> _Job:
@@ -213,7 +214,7 @@ def _sweep(
     else:
         places = position_places(edited, getattr(job, source), pos, hm.tokenizer)
         places = places if by in ("pos", "pos_head") else grouped(places)
-    values = _values(hm, job, sites, places, by, runs[source], options)
+    values = _values(hm, job, sites, places, by, (runs[side], runs[source]), options)
     cells: list[Cells] = []
     for site in sites:
         base = runs[side][site]
@@ -224,13 +225,36 @@ def _sweep(
         cells.append(made)
     labels = [" · ".join(p for p in (place, part) if p) for place in places.labels for part in parts]
     sweep = Sweep(hm, edited, cells, metrics, engine=options.engine, budget_bytes=options.budget_bytes)
-    return _Ready(sweep, (labels or [""], len(parts)))
+    edits = _edits_digest(job, places, options) if options.resume else ""
+    return _Ready(sweep, (labels or [""], len(parts)), edits)
+
+
+def _edits_digest(job: _Job, places: Places, options: PatchOptions) -> str:
+    """A digest of what data and settings do not say of a direction's edits: where they are, what is put in."""
+    parts: list[Tensor | str] = [places.columns, places.other]
+    if options.values is not None:
+        named = {str(site): value for site, value in options.values.items()}
+        parts += [part for name in sorted(named) for part in (name, torch.as_tensor(named[name]))]
+    if options.ablation == "mean" and job.pairs is not None:
+        parts.append(repr([facts.get("template") for facts in job.pairs.meta]))
+    if isinstance(options.dictionary, torch.nn.Module):
+        parts.append(weights_digest(options.dictionary))
+    elif options.dictionary is not None:
+        parts.append(options.dictionary.W_dec)
+    return digest(*parts)
 
 
 def _values(
-    hm: HookManager, job: _Job, sites: list[Site], places: Places, by: str, source: Run, options: PatchOptions
+    hm: HookManager,
+    job: _Job,
+    sites: list[Site],
+    places: Places,
+    by: str,
+    both: tuple[Run, Run],
+    options: PatchOptions,
 ) -> Mapping[Site, Tensor]:
-    """What is put in the activations' place, in the columns of the edited run."""
+    """What is put in the activations' place, in the columns of the edited run; `both` are that and the source run."""
+    base, source = both
     if options.ablation == "resample":
         return {s: places.from_other(source[s], s.axes.index("pos")) for s in sites}
     if options.ablation == "zero":
@@ -243,15 +267,19 @@ def _values(
     given = options.values
     assert given is not None
     by_site = BySite({Site(k): v for k, v in given.items()}) if not isinstance(given, BySite) else given
-    return {s: _fitted(by_site[s], s) for s in sites}
+    return {s: _fitted(by_site[s], s, base[s].shape) for s in sites}
 
 
-def _fitted(value: Tensor, site: Site) -> Tensor:
+def _fitted(value: Any, site: Site, shape: Sequence[int]) -> Tensor:
     """A given value with as many axes as its site: leading ones are added."""
-    missing = len(site.axes) - value.ndim
-    if missing < 0:
-        raise ShapeError(f"the value given for {site.short} has shape {tuple(value.shape)}; its axes are {site.axes}")
-    return value[(None,) * missing]
+    found = torch.as_tensor(value)
+    found = found[(None,) * max(0, len(shape) - found.ndim)]
+    if found.ndim > len(shape) or any(n not in (1, want) for n, want in zip(found.shape, shape, strict=True)):
+        raise ShapeError(
+            f"the value given for {site.short} has shape {tuple(torch.as_tensor(value).shape)}; expected one that fits "
+            f"[{' '.join(site.axes)}] = {tuple(shape)}, each axis whole or 1"
+        )
+    return found
 
 
 # -- all of it ---------------------------------------------------------------------------------------------------
@@ -269,6 +297,7 @@ def _run(
         "settings": provenance.settings,
         "weights": weights_digest(hm.model) if options.resume else "",
         "bases": digest(*(s.sweep.base for s in sweeps)) if options.resume else "",
+        "edits": [s.edits for s in sweeps],
     }
     table = Progress(
         (len(first.metrics), sum(sizes), first.batch),
@@ -323,6 +352,9 @@ def _sites(hm: HookManager, sites: str | Sequence[Site | str]) -> list[Site]:
     chosen = list(dict.fromkeys(site for name in names for site in hm.atlas.expand(name)))
     if not chosen:
         raise SiteError("no sites were given; give a kind such as 'resid_pre', or sites")
+    sliced = next((s for s in chosen if s.where is not None), None)
+    if sliced is not None:
+        raise SiteError(f"{sliced!r}: a sweep edits whole sites; say where with pos=…, by='pos_head' or by='span'")
     if len({_has_heads(s) for s in chosen}) > 1:
         raise SiteError("some of these sites have a head axis and some do not; patch them in two calls")
     if len({KINDS[s.kind].axes for s in chosen}) > 1 and _has_heads(chosen[0]):

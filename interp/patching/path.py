@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import ConfigError, ShapeError, SiteError, nearest
+from interp.core.errors import ConfigError, DataError, ShapeError, SiteError, nearest
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.metrics import Metric, answer_logits
@@ -90,6 +90,8 @@ def path_patch(
     clean, corrupted = hm.to_tokens(tokens.clean), hm.to_tokens(tokens.corrupted)
     check_aligned(clean, corrupted, [p.place for group in (*sent.values(), *received.values()) for p in group])
     chosen = tokens.metric(metric) if isinstance(metric, str) else metric
+    if not isinstance(chosen, Metric):
+        raise DataError(f"metric={metric!r}: paths are measured by a name or a Metric, such as pairs.metric(…) gives")
     if chosen.n != len(tokens):
         raise ShapeError(f"the metric is of {chosen.n} examples and these are {len(tokens)} pairs; give one of theirs")
     sides = (clean, corrupted) if mode == "noise" else (corrupted, clean)

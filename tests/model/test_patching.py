@@ -1,6 +1,7 @@
 """Patching sweeps: both directions, ablations, several metrics, spans, latents, stopping and going on."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtifactError, ConfigError, DataError, SiteError
+from interp.core.errors import ArtifactError, ConfigError, DataError, ShapeError, SiteError, WhereError
 from interp.core.intervention import Ablate, Replace
 from interp.core.manager import HookManager
 from interp.core.result import Result
@@ -197,6 +198,41 @@ def test_a_sweep_that_was_stopped_goes_on_from_its_file_and_gives_the_same(tmp_p
         activation_patch(hm, pairs, sites="resid_pre", metric=Stopping(tokens, 10**6), options=options)
 
 
+class Scaled:
+    """A dictionary whose latents are the entries of the site, times a number."""
+
+    def __init__(self, by: float) -> None:
+        self.W_dec = torch.eye(32) / by
+        self.by = by
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x * self.by).relu()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents @ self.W_dec
+
+
+def test_a_file_of_other_values_places_or_latents_is_refused(tmp_path: Path) -> None:
+    hm, pairs = manager("GPT2"), ragged()
+    held = pairs.tokens(hm)
+    moved = [replace(side, spans={**side.spans, "x": side.spans["y"]}) for side in (held.clean, held.corrupted)]
+    elsewhere = replace(held, clean=moved[0], corrupted=moved[1])
+    zero, one = ({"ablation": "given", "values": {"1.resid_pre": torch.full((1,), v)}} for v in (0.0, 1.0))
+    forms = replace(held, meta=tuple({"template": i // 2 + 5 * (i == 1)} for i in range(4)))
+    cases: list[tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]] = [
+        ((held, zero), (held, one)),
+        ((held, {"by": "span", "spans": ["x"]}), (elsewhere, {"by": "span", "spans": ["x"]})),
+        ((held, {"by": "latent", "dictionary": Scaled(1.0)}), (held, {"by": "latent", "dictionary": Scaled(2.0)})),
+        ((held, {"ablation": "mean"}), (forms, {"ablation": "mean"})),
+    ]
+    for number, (first, second) in enumerate(cases):
+        file = tmp_path / f"{number}.safetensors"
+        for _ in range(2):
+            activation_patch(hm, first[0], sites="1.resid_pre", options=PatchOptions(resume=file, **first[1]))
+        with pytest.raises(ArtifactError, match="differs in edits"):
+            activation_patch(hm, second[0], sites="1.resid_pre", options=PatchOptions(resume=file, **second[1]))
+
+
 def test_an_interrupt_without_a_file_returns_what_is_done() -> None:
     hm, pairs = manager("GPT2"), ragged()
     metric = Stopping(pairs.tokens(hm), 8)
@@ -220,7 +256,7 @@ def test_a_result_of_both_directions_and_metrics_survives_saving(tmp_path: Path)
     frame = result.to_frame()
     assert loaded.to_frame().equals(frame) and len(frame) == 2 * 2 * 24 * 4
     assert set(frame["metric"]) == {"logit_diff", "log_prob"} and set(frame["mode"]) == {"denoise", "noise"}
-    assert len(result.plot().data[0].x) == 24 and len(result.noise.plot().data[0].z) == hm.n_heads
+    assert 24 in [len(trace.x) for trace in result.plot().data] and len(result.noise.plot().data[0].z) == hm.n_heads
     low, high = result["log_prob"].interval(n_bootstrap=200)
     mean = result["log_prob"].effect.mean(-1)
     assert bool(((low <= mean + 1e-6) & (mean <= high + 1e-6)).all())
@@ -249,6 +285,18 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         activation_patch(hm, "w1 w2", "w1 w3", sites="resid_pre", metric="kl")
     with pytest.raises(DataError, match="two metrics are named"):
         activation_patch(hm, pairs, sites="resid_pre", metric=["kl", "kl"])
+    with pytest.raises(SiteError, match="edits whole sites"):
+        activation_patch(hm, pairs, sites=[Site("1.z").at(pos=-1)])
+    for pos in ("end", 1.5, [True], []):
+        with pytest.raises(WhereError, match="expected whole numbers"):
+            activation_patch(hm, pairs, sites="resid_pre", pos=pos)  # type: ignore[arg-type]
+    for value in (torch.zeros(3), torch.zeros(4, 3, 32), torch.zeros(3, 1, 32)):
+        with pytest.raises(ShapeError, match=r"the value given for 1.resid_pre"):
+            options = PatchOptions(ablation="given", values={"1.resid_pre": value})
+            activation_patch(hm, pairs, sites="1.resid_pre", options=options)
+    with pytest.raises(ShapeError, match="latents 0 … 31"):
+        options = PatchOptions(by="latent", dictionary=Scaled(1.0), latents=[0.5])  # type: ignore[list-item]
+        activation_patch(hm, pairs, sites="1.resid_pre", options=options)
 
 
 # -- the testbed ---------------------------------------------------------------------------------------------------

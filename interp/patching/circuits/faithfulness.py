@@ -196,9 +196,12 @@ def evaluate_circuits(
     Raises:
         ModelError, DataError, ShapeError: as `CircuitRuns`; and no circuit.
     """
-    chosen = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+    chosen = list(circuits) if isinstance(circuits, list | tuple) else [circuits]
     if not chosen:
         raise DataError("no circuit was given; give one, or several")
+    other = next((c for c in chosen if not isinstance(c, Circuit)), None)
+    if other is not None:
+        raise DataError(f"{type(other).__name__} is no Circuit; make one with top_edges(…), or take reference.circuit")
     runs = CircuitRuns(hm, pairs, metric=metric, ablation=ablation)
     return CircuitScores(
         provenance=provenance_of(runs, {"circuits": [c.name for c in chosen]}),
