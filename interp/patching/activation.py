@@ -17,6 +17,7 @@ from torch import Tensor
 from interp.core.disk import digest, weights_digest
 from interp.core.errors import DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
+from interp.core.metrics import refuse_nan
 from interp.core.result import Provenance
 from interp.core.run import BySite, Run
 from interp.core.site import KINDS, Site
@@ -89,6 +90,8 @@ def activation_patch(
         raise SiteError(f"by={by!r}: {chosen[0].short} has no heads; its axes are {' '.join(chosen[0].axes)}")
     runs = {side: hm.run(getattr(job, side), read=chosen, logits="last") for side in ("clean", "corrupted")}
     metrics = _metrics(job, metric, runs["clean"])
+    measured = {side: [refuse_nan(_measure(m, runs[side]), _name(m), side) for m in metrics] for side in runs}
+    bases = {side: torch.stack(values) for side, values in measured.items()}
     sweeps = [_sweep(hm, job, chosen, by, mode, pos, runs, metrics, options) for mode in options.modes]
     settings = _settings(chosen, by, pos, metrics, options)
     provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
@@ -99,7 +102,6 @@ def activation_patch(
     first, noised = (values[0] if several else values[0, 0]), None
     if len(sweeps) > 1:
         noised = values[1] if several else values[1, 0]
-    bases = {side: torch.stack([_measure(m, runs[side]) for m in metrics]) for side in runs}
     notes = list(dict.fromkeys(note for s in sweeps for note in s.sweep.notes))
     return PatchResult(
         provenance=provenance,

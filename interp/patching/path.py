@@ -20,7 +20,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError, DataError, ShapeError, SiteError, nearest
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
-from interp.core.metrics import Metric, answer_logits
+from interp.core.metrics import Metric, answer_logits, refuse_nan
 from interp.core.result import Provenance
 from interp.core.run import Run
 from interp.core.site import Site
@@ -96,6 +96,9 @@ def path_patch(
         raise ShapeError(f"the metric is of {chosen.n} examples and these are {len(tokens)} pairs; give one of theirs")
     sides = (clean, corrupted) if mode == "noise" else (corrupted, clean)
     work = _Patching(hm, graph, sides[0], sides[1], direct, max_bytes, list(sent.values()), list(received.values()))
+    names = ("clean", "corrupted") if mode == "noise" else ("corrupted", "clean")
+    runs = zip((work.base, work.source), names, strict=True)
+    base, source = (refuse_nan(chosen(run).float().cpu(), chosen.name, side) for run, side in runs)
     patched, blocked = work.measure(chosen)
     settings = {"senders": {k: [p.name for p in v] for k, v in sent.items()}, "direct": direct, "mode": mode}
     settings |= {"receivers": {k: [p.name for p in v] for k, v in received.items()}, "metric": chosen.name}
@@ -111,8 +114,8 @@ def path_patch(
         mode=mode,
         metric=chosen.name,
         patched=patched,
-        base=chosen(work.base).float().cpu(),
-        source=chosen(work.source).float().cpu(),
+        base=base,
+        source=source,
         blocked=blocked,
     )
 

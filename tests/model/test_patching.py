@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtifactError, ConfigError, DataError, ShapeError, SiteError, WhereError
+from interp.core.errors import ArtifactError, ConfigError, DataError, ModelError, ShapeError, SiteError, WhereError
 from interp.core.intervention import Ablate, Replace
 from interp.core.manager import HookManager
 from interp.core.result import Result
@@ -19,11 +19,15 @@ from interp.core.where import Where
 from interp.data.pairs import PromptPairs
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
+from interp.patching.estimates.attribution import attribute
+from interp.patching.estimates.edges import edge_attribution
 from interp.patching.optimal import optimal_values
 from interp.patching.options import PatchOptions
+from interp.patching.path import path_patch
 from interp.patching.result import PatchResult
+from interp.patching.subspaces.subspace import subspace_patch
 from interp.testbed.tasks import task_pairs
-from tests.families import manager
+from tests.families import make, manager, word_tokenizer
 
 
 def ragged() -> PromptPairs:
@@ -242,6 +246,28 @@ def test_an_interrupt_without_a_file_returns_what_is_done() -> None:
         found.patched[found.unchanged], found.corrupted.expand(int(found.unchanged.sum()), -1)
     )
     assert "the sweep was stopped" in found.summary() and "are done" in found.summary()
+
+
+def test_a_model_or_a_metric_that_gives_no_numbers_is_refused_before_the_sweep() -> None:
+    hm, pairs = HookManager.load(make("GPT2"), word_tokenizer()), ragged()
+    with pytest.raises(DataError, match=r"clean run is NaN for example 0"):
+        activation_patch(hm, pairs, sites="1.z", metric=lambda out: out.logits[:, 0, 0] * torch.nan)
+    given = PatchOptions(ablation="given", values={"1.resid_pre": torch.full((1,), torch.nan)})
+    told = activation_patch(hm, pairs, sites="1.resid_pre", options=given).summary()
+    assert "are NaN: what was put in" in told and "stopped" not in told
+    weight: Any = hm.weights[1].W_O
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    with pytest.raises(DataError, match="NaN in the weights"):
+        activation_patch(hm, pairs, sites="1.z")
+    with pytest.raises(DataError, match="NaN in the weights"):
+        attribute(hm, pairs, nodes="1.z")
+    with pytest.raises(DataError, match="NaN in the weights"):
+        path_patch(hm, pairs[[0]], senders="a0.h0")
+    with pytest.raises(DataError, match="NaN in the weights"):
+        subspace_patch(hm, pairs, "1.resid_pre", torch.ones(32))
+    with pytest.raises(ModelError, match="activations are NaN"):
+        edge_attribution(hm, pairs)
 
 
 # -- results -------------------------------------------------------------------------------------------------------

@@ -196,12 +196,15 @@ def evaluate_circuits(
     Raises:
         ModelError, DataError, ShapeError: as `CircuitRuns`; and no circuit.
     """
-    chosen = list(circuits) if isinstance(circuits, list | tuple) else [circuits]
+    chosen: list[Circuit] = []
+    for one in circuits if isinstance(circuits, Sequence) else [circuits]:
+        if not isinstance(one, Circuit):
+            raise DataError(
+                f"{type(one).__name__} is no Circuit; make one with top_edges(…), or take reference.circuit"
+            )
+        chosen.append(one)
     if not chosen:
         raise DataError("no circuit was given; give one, or several")
-    other = next((c for c in chosen if not isinstance(c, Circuit)), None)
-    if other is not None:
-        raise DataError(f"{type(other).__name__} is no Circuit; make one with top_edges(…), or take reference.circuit")
     runs = CircuitRuns(hm, pairs, metric=metric, ablation=ablation)
     return CircuitScores(
         provenance=provenance_of(runs, {"circuits": [c.name for c in chosen]}),
