@@ -128,7 +128,7 @@ def write_result(folder: ResultFolder, found: "Result", table: str, page: str, *
     return [
         folder.write(table, found.to_frame().to_csv(index=False)),
         found.to_html(folder.path / page),
-        found.save(folder.path / name),
+        found.save(folder.path / name, overwrite=True),  # the folder is new, emptied, or gone on with
     ]
 
 

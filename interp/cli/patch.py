@@ -123,6 +123,8 @@ def main(argv: list[str]) -> int:
         folder = ResultFolder(cfg.out, force=line.force, resume=line.resume)
     except ConfigError as err:
         return refuse(str(err))
+    if line.resume and (folder.path / "result").is_dir() and not (folder.path / _PARTIAL).exists():
+        return refuse(f"--resume: the sweep in --out {cfg.out} is done; --force in its place makes it again")
     hm = open_model(cfg)
     pairs = open_pairs(hm, cfg.pairs, bos=cfg.bos)
     if line.dry_run:

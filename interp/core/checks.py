@@ -36,6 +36,8 @@ def check_residual(hm: "HookManager") -> None:
     for i in layers:
         pre, attn, mlp, post = (out[k, i].float() for k in kinds)
         off, size = float((pre + attn + mlp - post).abs().max()), float(post.abs().max())
+        if size != size:
+            raise ModelError(f"{hm.map.family}, block {i}: activations are NaN on plain tokens; look at the weights")
         if not off <= (1e-4 if hm.dtype in (torch.float32, torch.float64) else 5e-2) * max(1.0, size):
             raise ModelError(
                 f"{hm.map.family}, block {i}: resid_pre + attn_out + mlp_out is off resid_post by {off:.1e}; this "

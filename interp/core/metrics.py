@@ -10,7 +10,16 @@ from torch import Tensor
 from interp.core.errors import DataError, ShapeError
 from interp.core.run import Run
 
-__all__ = ["Metric", "answer_logits", "kl_divergence", "logit_diff", "loss_per_token", "prob_diff", "rank_of"]
+__all__ = [
+    "Metric",
+    "answer_logits",
+    "kl_divergence",
+    "logit_diff",
+    "loss_per_token",
+    "prob_diff",
+    "rank_of",
+    "refuse_nan",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +229,26 @@ def loss_per_token(
     kept = kept.to(torch.promote_types(logits.dtype, torch.float32))
     losses = -kept.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return torch.where(counts, losses, 0.0), counts
+
+
+def refuse_nan(values: Float[Tensor, " batch"], name: str, run: str) -> Float[Tensor, " batch"]:
+    """Return the metric of a run as it is, if it is made of numbers.
+
+    Args:
+        values: the metric, per example.
+        name: what it is called.
+        run: which run it is of, such as "clean".
+
+    Raises:
+        DataError: one of them is NaN; nothing could be compared with it.
+    """
+    bad = values.isnan().nonzero()
+    if len(bad):
+        raise DataError(
+            f"{name} of the {run} run is NaN for example {int(bad[0, -1])}, so nothing can be compared with it; look "
+            "for NaN in the weights, an overflow of the dtype, or a metric that divides by 0"
+        )
+    return values
 
 
 def _column(mask: Bool[Tensor, "batch pos"], pos: int) -> Int[Tensor, " batch"]:

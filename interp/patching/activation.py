@@ -17,6 +17,7 @@ from torch import Tensor
 from interp.core.disk import digest, weights_digest
 from interp.core.errors import ConfigError, DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
+from interp.core.metrics import refuse_nan
 from interp.core.result import Provenance
 from interp.core.run import Run
 from interp.core.site import KINDS, Site
@@ -100,6 +101,8 @@ def activation_patch(
     read = list(dict.fromkeys([*chosen, *reads.values()]))
     runs = {side: hm.run(getattr(job, side), read=read, logits="last") for side in ("clean", "corrupted")}
     metrics = _metrics(job, metric, runs["clean"])
+    measured = {side: [refuse_nan(_measure(m, runs[side]), _name(m), side) for m in metrics] for side in runs}
+    bases = {side: torch.stack(values) for side, values in measured.items()}
     sweeps = [_sweep(hm, job, chosen, reads, by, mode, pos, runs, metrics, options) for mode in options.modes]
     settings = _settings(chosen, reads, by, pos, metrics, options)
     provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
@@ -108,7 +111,6 @@ def activation_patch(
     values = mean_of_draws(values, sweeps[0].sweep.base, n_sites, n_draws)
     values = values.unflatten(1, (len(sweeps), n_sites, -1)).movedim(1, 0)
     halves = list(values) if (several := isinstance(metric, list | tuple)) else [half[0] for half in values]
-    bases = {side: torch.stack([_measure(m, runs[side]) for m in metrics]) for side in runs}
     notes = list(dict.fromkeys(note for s in sweeps for note in s.sweep.notes))
     return PatchResult(
         provenance=provenance,
@@ -131,12 +133,13 @@ def activation_patch(
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    """One direction, ready to run, the labels of its columns and of the keys, and how many parts a place has."""
+    """One direction, ready to run; labels of its columns and keys, parts of a place, a digest of the places."""
 
     sweep: Sweep
     labels: list[str]
     n_parts: int
     keys: list[str]
+    edits: str
 
 
 def _columns(sites: list[Site], pos: Any, options: PatchOptions) -> str:
@@ -233,7 +236,8 @@ def _sweep(
         places = position_places(edited, getattr(job, source), pos, hm.tokenizer)
         places = places if by in ("pos", "pos_head", "dest_src", "dest_src_head") else grouped(places)
     noisy = options.ablation == "gaussian"
-    values = {} if noisy else replacements(hm, job, [reads.get(s, s) for s in sites], places, by, runs[source], options)
+    both, at = (runs[side], runs[source]), [reads.get(s, s) for s in sites]
+    values = {} if noisy else replacements(hm, job, at, places, by, both, options)
     if options.ablation == "resample":
         values = align_keys(values, runs[side], edited, getattr(job, source))
     keys = position_places(edited, edited, None, hm.tokenizer) if by.startswith("dest_src") else None
@@ -258,7 +262,10 @@ def _sweep(
     if keys is not None:
         labels = entry_labels(places, keys, parts)
     sweep = Sweep(hm, edited, cells, metrics, engine=options.engine, budget_bytes=options.budget_bytes)
-    return _Ready(sweep, labels or [""], len(parts), keys.labels if keys is not None else [])
+    # What data and settings do not say: where the edits are, and which prompts share a mean.
+    forms = "" if job.pairs is None else repr([facts.get("template") for facts in job.pairs.meta])
+    edits = digest(places.columns, places.other, forms) if options.resume else ""
+    return _Ready(sweep, labels or [""], len(parts), keys.labels if keys is not None else [], edits)
 
 
 def _noise(hm: HookManager, edited: Tokens, site: Site, base: Tensor, options: PatchOptions) -> Noise:
@@ -283,6 +290,7 @@ def _run(
         "weights": weights_digest(hm.model) if options.resume else "",
         "bases": digest(*(s.sweep.base for s in sweeps)) if options.resume else "",
         "given": _digest_of_given(options) if options.resume else "",
+        "edits": [s.edits for s in sweeps],
     }
     table = Progress(
         (len(first.metrics), sum(sizes), first.batch),
@@ -353,6 +361,9 @@ def _sites(hm: HookManager, sites: str | Sequence[Site | str]) -> list[Site]:
     chosen = list(dict.fromkeys(site for name in names for site in hm.atlas.expand(name)))
     if not chosen:
         raise SiteError("no sites were given; give a kind such as 'resid_pre', or sites")
+    sliced = next((s for s in chosen if s.where is not None), None)
+    if sliced is not None:
+        raise SiteError(f"{sliced!r}: a sweep edits whole sites; say where with pos=…, by='pos_head' or by='span'")
     if len({_has_heads(s) for s in chosen}) > 1:
         raise SiteError("some of these sites have a head axis and some do not; patch them in two calls")
     if len({KINDS[s.kind].axes for s in chosen}) > 1 and _has_heads(chosen[0]):

@@ -87,8 +87,9 @@ def latent_cells(
         ShapeError: a dictionary of another width, or latents that it does not have.
     """
     d_sae = dictionary.W_dec.shape[0]
-    chosen = torch.arange(d_sae) if latents is None else torch.tensor(list(latents))
-    if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= d_sae:
+    chosen = torch.arange(d_sae) if latents is None else torch.as_tensor(latents)
+    whole = chosen.ndim == 1 and chosen.dtype == torch.long and len(chosen) > 0
+    if not whole or int(chosen.min()) < 0 or int(chosen.max()) >= d_sae:
         raise ShapeError(f"latents={latents!r}: the dictionary has latents 0 … {d_sae - 1}")
     with torch.no_grad():
         there, here = dictionary.encode(value), dictionary.encode(base)

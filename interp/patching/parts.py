@@ -71,7 +71,7 @@ def read_senders(graph: Graph, given: Parts) -> dict[str, list[Part]]:
     Raises:
         SiteError: a name that there is not, or none at all.
     """
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and given:
         return {str(label): named_parts(graph.senders, names, _SENDERS, "sender") for label, names in given.items()}
     return {part.name: [part] for part in named_parts(graph.senders, given, _SENDERS, "sender")}
 
@@ -86,7 +86,7 @@ def read_receivers(graph: Graph, given: Parts) -> dict[str, list[Part]]:
     Raises:
         SiteError: a name that there is not, none at all, or logits or a stream together with other receivers.
     """
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not given:
         names = [given] if isinstance(given, str) else list(given)
         given = {" + ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} more": names}
     found = {str(k): named_parts(graph.receivers, v, _RECEIVERS, "receiver", streams=graph) for k, v in given.items()}

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import ConfigError, ShapeError, SiteError, nearest
+from interp.core.errors import ConfigError, DataError, ShapeError, SiteError, nearest
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
-from interp.core.metrics import Metric, answer_logits
+from interp.core.metrics import Metric, answer_logits, refuse_nan
 from interp.core.result import Provenance
 from interp.core.run import Run
 from interp.core.site import Site
@@ -90,10 +90,15 @@ def path_patch(
     clean, corrupted = hm.to_tokens(tokens.clean), hm.to_tokens(tokens.corrupted)
     check_aligned(clean, corrupted, [p.place for group in (*sent.values(), *received.values()) for p in group])
     chosen = tokens.metric(metric) if isinstance(metric, str) else metric
+    if not isinstance(chosen, Metric):
+        raise DataError(f"metric={metric!r}: paths are measured by a name or a Metric, such as pairs.metric(…) gives")
     if chosen.n != len(tokens):
         raise ShapeError(f"the metric is of {chosen.n} examples and these are {len(tokens)} pairs; give one of theirs")
     sides = (clean, corrupted) if mode == "noise" else (corrupted, clean)
     work = _Patching(hm, graph, sides[0], sides[1], direct, max_bytes, list(sent.values()), list(received.values()))
+    names = ("clean", "corrupted") if mode == "noise" else ("corrupted", "clean")
+    runs = zip((work.base, work.source), names, strict=True)
+    base, source = (refuse_nan(chosen(run).float().cpu(), chosen.name, side) for run, side in runs)
     patched, blocked = work.measure(chosen)
     settings = {"senders": {k: [p.name for p in v] for k, v in sent.items()}, "direct": direct, "mode": mode}
     settings |= {"receivers": {k: [p.name for p in v] for k, v in received.items()}, "metric": chosen.name}
@@ -109,8 +114,8 @@ def path_patch(
         mode=mode,
         metric=chosen.name,
         patched=patched,
-        base=chosen(work.base).float().cpu(),
-        source=chosen(work.source).float().cpu(),
+        base=base,
+        source=source,
         blocked=blocked,
     )
 

@@ -1,7 +1,8 @@
 """Where the columns of a patching sweep lie: positions or named spans of both prompts of every pair, made to match."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -61,12 +62,15 @@ def position_places(edited: Tokens, other: Tokens, pos: Any, tokenizer: Any) -> 
         WhereError: positions that no row has.
     """
     frame, longest = frame_of(edited, 0, len(edited)), int(edited.lengths.max())
-    chosen = list(range(longest)) if pos is None else [pos] if isinstance(pos, int) else list(pos)
-    wrong = [p for p in chosen if not -longest <= p < longest]
-    if wrong or not chosen:
-        raise WhereError(f"pos={pos}: the prompts have positions 0 … {longest - 1} (or −{longest} … −1)")
+    chosen = list(range(longest)) if pos is None else list(pos) if isinstance(pos, Iterable) else [pos]
+    whole = all(isinstance(p, Integral) and not isinstance(p, bool) for p in chosen)
+    if not chosen or not whole or not all(-longest <= p < longest for p in chosen):
+        raise WhereError(
+            f"pos={pos!r}: expected whole numbers; the prompts have positions 0 … {longest - 1} (or −{longest} … −1), "
+            "and named places are patched with by='span'"
+        )
     even = bool((edited.lengths == longest).all())
-    chosen = [p % longest for p in chosen] if even else chosen
+    chosen = [int(p) % longest if even else int(p) for p in chosen]
     columns = torch.stack([_at(frame, p) for p in chosen])
     labels = [_label(p, columns[i], edited, other, tokenizer) for i, p in enumerate(chosen)]
     return Places(labels, columns, key_columns(edited, other))

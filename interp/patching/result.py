@@ -302,5 +302,7 @@ class PatchResult(Result):
             lines.append("the gap between the prompts is not clear of zero, so nothing is divided by it")
         missing = int(mean.isnan().sum())
         if missing:
-            lines.append(f"{missing} of {mean.numel()} cells are not done: the sweep was stopped")
+            stopped = any(note.startswith("stopped: ") for note in self.notes)
+            why = "not done: the sweep was stopped" if stopped else "NaN: what was put in, or the metric, is no number"
+            lines.append(f"{missing} of {mean.numel()} cells are {why}")
         return lines

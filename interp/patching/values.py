@@ -1,7 +1,8 @@
 """What a patching sweep puts in an activation's place, in the columns of the run that is edited."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -37,7 +38,7 @@ def replacements(
     sites: list[Site],
     places: Places,
     by: str,
-    source: Run,
+    runs: tuple[Run, Run],
     options: PatchOptions,
 ) -> Mapping[Site, Tensor]:
     """Return, for each site, a value broadcastable to the activation of the run that is edited.
@@ -48,13 +49,14 @@ def replacements(
         sites: the sites.
         places: where the sweep's places lie in both runs.
         by: one of `interp.patching.options.BY`.
-        source: the run of the other side, with the sites read.
+        runs: that which is edited and that of the other side, with the sites read.
         options: which ablation, and its settings; not "gaussian", which adds to the activation.
 
     Raises:
         DataError: a mean without pairs, zero for scores, or constants fitted on the prompts that are measured.
         ShapeError: a given value that does not fit its site.
     """
+    base, source = runs
     if options.ablation == "resample":
         return {s: places.from_other(source[s], s.axes.index("pos")) for s in sites}
     if options.ablation == "zero":
@@ -73,7 +75,7 @@ def replacements(
     given = _optimal(hm, data, sites, by, options) if options.ablation == "optimal" else options.values
     assert given is not None
     by_site = BySite({Site(k): v for k, v in given.items()}) if not isinstance(given, BySite) else given
-    return {s: _fitted(by_site[s], s) for s in sites}
+    return {s: _fitted(by_site[s], s, base[s].shape) for s in sites}
 
 
 def _optimal(
@@ -103,9 +105,13 @@ def _ids(tokens: Tokens, row: int) -> tuple[int, ...]:
     return tuple(tokens.ids[row][real].tolist())
 
 
-def _fitted(value: Tensor, site: Site) -> Tensor:
+def _fitted(value: Any, site: Site, shape: Sequence[int]) -> Tensor:
     """A given value with as many axes as its site: leading ones are added."""
-    missing = len(site.axes) - value.ndim
-    if missing < 0:
-        raise ShapeError(f"the value given for {site.short} has shape {tuple(value.shape)}; its axes are {site.axes}")
-    return value[(None,) * missing]
+    given = torch.as_tensor(value)
+    found = given[(None,) * max(0, len(shape) - given.ndim)]
+    if found.ndim > len(shape) or any(n not in (1, want) for n, want in zip(found.shape, shape, strict=True)):
+        raise ShapeError(
+            f"the value given for {site.short} has shape {tuple(given.shape)}; expected one that fits "
+            f"[{' '.join(site.axes)}] = {tuple(shape)}, each axis whole or 1"
+        )
+    return found

@@ -17,8 +17,10 @@ from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
 from interp.patching.circuits.circuit import Circuit
+from interp.patching.circuits.circuit_curve import circuit_curve
 from interp.patching.circuits.edge_forward import EdgeModel, EdgePass
 from interp.patching.circuits.evaluate_circuit import ABLATIONS, CircuitRuns, EdgeAblation, edge_effects
+from interp.patching.circuits.faithfulness import evaluate_circuits
 from interp.patching.graph import Graph
 from interp.testbed.nano import NanoOptions, nano
 from tests.families import FAMILIES, make, manager, paddings, tokens
@@ -392,6 +394,7 @@ def test_no_hook_stays_and_nothing_is_changed() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_is_refused_with_the_reason() -> None:
     hm, held = manager("GPT2"), pairs("GPT2")
     runs = CircuitRuns(hm, held)
@@ -399,6 +402,17 @@ def test_what_cannot_be_is_refused_with_the_reason() -> None:
         runs.values([Circuit.full(Graph(2, 4, 4, (True, True)))])
     with pytest.raises(ShapeError, match="True and False"):
         runs.values([torch.ones(3, 3)])
+    with pytest.raises(ShapeError, match="True and False"):
+        edge_effects(runs, edges=torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(ShapeError, match="another shape"):
+        edge_effects(runs, Circuit.full(Graph(2, 4, 4, (True, True))))
+    with pytest.raises(DataError, match="by a name or a Metric"):
+        CircuitRuns(hm, held, metric=lambda out: out.logits[:, 0, 0])  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="Tensor is no Circuit"):
+        evaluate_circuits(hm, held, runs.graph.allowed)  # type: ignore[arg-type]
+    for fractions in ([], [0.5], [0.5, 0.1], "x"):
+        with pytest.raises(DataError, match="fractions"):
+            circuit_curve(hm, held, torch.zeros(runs.graph.allowed.shape), fractions=fractions)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="did you mean 'patching'"):
         CircuitRuns(hm, held, ablation="patch")
     with pytest.raises(DataError, match="pair 0 says none"):

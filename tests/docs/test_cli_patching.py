@@ -53,6 +53,8 @@ def test_a_stopped_sweep_goes_on_to_the_same_values(tmp_path: Path, capfd: pytes
     resumed, whole = (PatchResult.load(tmp_path / name / "result") for name in ("cut", "whole"))
     assert torch.equal(resumed.patched, whole.patched) and bool(whole.patched.isfinite().all())
     capfd.readouterr()
+    assert main(["patch", "--resume", "--out", str(tmp_path / "cut")]) == 2
+    assert "is done" in capfd.readouterr().err
     assert main(["patch", "--resume", "--out", str(tmp_path / "nothing")]) == 2
     assert "nothing was begun" in capfd.readouterr().err
 

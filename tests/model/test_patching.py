@@ -1,6 +1,7 @@
 """Patching sweeps: both directions, ablations, several metrics, spans, latents, stopping and going on."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.core.errors import ArtifactError, ConfigError, DataError, SiteError
+from interp.core.errors import ArtifactError, ConfigError, DataError, ModelError, ShapeError, SiteError, WhereError
 from interp.core.intervention import Ablate, Replace
 from interp.core.manager import HookManager
 from interp.core.result import Result
@@ -18,11 +19,15 @@ from interp.core.where import Where
 from interp.data.pairs import PromptPairs
 from interp.patching.ablation import mean_values
 from interp.patching.activation import activation_patch
+from interp.patching.estimates.attribution import attribute
+from interp.patching.estimates.edges import edge_attribution
 from interp.patching.optimal import optimal_values
 from interp.patching.options import PatchOptions
+from interp.patching.path import path_patch
 from interp.patching.result import PatchResult
+from interp.patching.subspaces.subspace import subspace_patch
 from interp.testbed.tasks import task_pairs
-from tests.families import manager
+from tests.families import make, manager, word_tokenizer
 
 
 def ragged() -> PromptPairs:
@@ -197,6 +202,41 @@ def test_a_sweep_that_was_stopped_goes_on_from_its_file_and_gives_the_same(tmp_p
         activation_patch(hm, pairs, sites="resid_pre", metric=Stopping(tokens, 10**6), options=options)
 
 
+class Scaled:
+    """A dictionary whose latents are the entries of the site, times a number."""
+
+    def __init__(self, by: float) -> None:
+        self.W_dec = torch.eye(32) / by
+        self.by = by
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x * self.by).relu()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents @ self.W_dec
+
+
+def test_a_file_of_other_values_places_or_latents_is_refused(tmp_path: Path) -> None:
+    hm, pairs = manager("GPT2"), ragged()
+    held = pairs.tokens(hm)
+    moved = [replace(side, spans={**side.spans, "x": side.spans["y"]}) for side in (held.clean, held.corrupted)]
+    elsewhere = replace(held, clean=moved[0], corrupted=moved[1])
+    zero, one = ({"ablation": "given", "values": {"1.resid_pre": torch.full((1,), v)}} for v in (0.0, 1.0))
+    forms = replace(held, meta=tuple({"template": i // 2 + 5 * (i == 1)} for i in range(4)))
+    cases: list[tuple[tuple[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]] = [
+        ((held, zero), (held, one)),
+        ((held, {"by": "span", "spans": ["x"]}), (elsewhere, {"by": "span", "spans": ["x"]})),
+        ((held, {"by": "latent", "dictionary": Scaled(1.0)}), (held, {"by": "latent", "dictionary": Scaled(2.0)})),
+        ((held, {"ablation": "mean"}), (forms, {"ablation": "mean"})),
+    ]
+    for number, (first, second) in enumerate(cases):
+        file = tmp_path / f"{number}.safetensors"
+        for _ in range(2):
+            activation_patch(hm, first[0], sites="1.resid_pre", options=PatchOptions(resume=file, **first[1]))
+        with pytest.raises(ArtifactError, match="differs in edits"):
+            activation_patch(hm, second[0], sites="1.resid_pre", options=PatchOptions(resume=file, **second[1]))
+
+
 def test_an_interrupt_without_a_file_returns_what_is_done() -> None:
     hm, pairs = manager("GPT2"), ragged()
     metric = Stopping(pairs.tokens(hm), 8)
@@ -206,6 +246,28 @@ def test_an_interrupt_without_a_file_returns_what_is_done() -> None:
         found.patched[found.unchanged], found.corrupted.expand(int(found.unchanged.sum()), -1)
     )
     assert "the sweep was stopped" in found.summary() and "are done" in found.summary()
+
+
+def test_a_model_or_a_metric_that_gives_no_numbers_is_refused_before_the_sweep() -> None:
+    hm, pairs = HookManager.load(make("GPT2"), word_tokenizer()), ragged()
+    with pytest.raises(DataError, match=r"clean run is NaN for example 0"):
+        activation_patch(hm, pairs, sites="1.z", metric=lambda out: out.logits[:, 0, 0] * torch.nan)
+    given = PatchOptions(ablation="given", values={"1.resid_pre": torch.full((1,), torch.nan)})
+    told = activation_patch(hm, pairs, sites="1.resid_pre", options=given).summary()
+    assert "are NaN: what was put in" in told and "stopped" not in told
+    weight: Any = hm.weights[1].W_O
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    with pytest.raises(DataError, match="NaN in the weights"):
+        activation_patch(hm, pairs, sites="1.z")
+    with pytest.raises(DataError, match="NaN in the weights"):
+        attribute(hm, pairs, nodes="1.z")
+    with pytest.raises(DataError, match="NaN in the weights"):
+        path_patch(hm, pairs[[0]], senders="a0.h0")
+    with pytest.raises(DataError, match="NaN in the weights"):
+        subspace_patch(hm, pairs, "1.resid_pre", torch.ones(32))
+    with pytest.raises(ModelError, match="activations are NaN"):
+        edge_attribution(hm, pairs)
 
 
 # -- results -------------------------------------------------------------------------------------------------------
@@ -249,6 +311,18 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         activation_patch(hm, "w1 w2", "w1 w3", sites="resid_pre", metric="kl")
     with pytest.raises(DataError, match="two metrics are named"):
         activation_patch(hm, pairs, sites="resid_pre", metric=["kl", "kl"])
+    with pytest.raises(SiteError, match="edits whole sites"):
+        activation_patch(hm, pairs, sites=[Site("1.z").at(pos=-1)])
+    for pos in ("end", 1.5, [True], []):
+        with pytest.raises(WhereError, match="expected whole numbers"):
+            activation_patch(hm, pairs, sites="resid_pre", pos=pos)  # type: ignore[arg-type]
+    for value in (torch.zeros(3), torch.zeros(4, 3, 32), torch.zeros(3, 1, 32)):
+        with pytest.raises(ShapeError, match=r"the value given for 1.resid_pre"):
+            options = PatchOptions(ablation="given", values={"1.resid_pre": value})
+            activation_patch(hm, pairs, sites="1.resid_pre", options=options)
+    with pytest.raises(ShapeError, match="latents 0 … 31"):
+        options = PatchOptions(by="latent", dictionary=Scaled(1.0), latents=[0.5])  # type: ignore[list-item]
+        activation_patch(hm, pairs, sites="1.resid_pre", options=options)
 
 
 # -- the testbed ---------------------------------------------------------------------------------------------------

@@ -270,6 +270,9 @@ def test_what_cannot_be_patched_is_refused() -> None:
     cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"senders": "a0.h9"}, SiteError, "no sender 'a0.h9'"),
         ({"senders": []}, SiteError, "no sender was given"),
+        ({"senders": {}}, SiteError, "no sender was given"),
+        ({"senders": "heads", "receivers": {}}, SiteError, "no receiver was given"),
+        ({"senders": "heads", "metric": lambda out: out.logits[:, 0, 0]}, DataError, "by a name or a Metric"),
         ({"senders": "heads@s2"}, DataError, "no span 's2'"),
         ({"senders": "heads@30"}, DataError, "row 0 has no position '30'"),
         ({"senders": "heads", "receivers": "a0.h0<x>"}, SiteError, "no receiver 'a0.h0<x>'"),

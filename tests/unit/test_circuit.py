@@ -352,6 +352,7 @@ def test_a_reference_finds_itself_and_noise_finds_nothing() -> None:
     reference = reference_circuit("ioi-gpt2").circuit
     perfect = reference.edges.float() + 0.1 * torch.rand(reference.edges.shape, generator=torch.Generator())
     found = compare(perfect, reference)
+    assert compare(perfect, reference_circuit("ioi-gpt2")).edge_auroc == found.edge_auroc
     assert found.edge_auroc == 1.0 and found.node_jaccard == 1.0 and not found.missing
     assert all(hit == n for hit, n in found.roles.values())
     at = found.sizes.index(next(n for n in found.sizes if n >= 182))

@@ -223,8 +223,8 @@ def curve_area(share: Float[Tensor, " size"], values: Float[Tensor, " size"], *,
         log: over log share, divided by its range, so that a constant keeps its value.
     """
     x = share.double().log() if log else share.double()
-    area = float(torch.trapezoid(values.double(), x))
-    return area / float(x[-1] - x[0]) if log else area
+    area, width = float(torch.trapezoid(values.double(), x)), float(x[-1] - x[0])
+    return (area / width if width else math.nan) if log else area
 
 
 def circuit_curve(
@@ -259,6 +259,8 @@ def circuit_curve(
     """
     runs = CircuitRuns(hm, pairs, metric=metric, ablation=ablation)
     counts = counts_of(runs.graph, fractions)
+    if len(counts) < 2:
+        raise DataError(f"fractions {list(fractions)}: a curve needs two at least; evaluate_circuits takes one circuit")
     chosen = [[top_edges(runs.graph, scores, n, absolute=name == "absolute") for n in counts] for name in RANKINGS]
     chosen += [[random_edges(runs.graph, n, seed=seed + i).pruned() for n in counts] for i in range(n_random)]
     chosen += [[random_like(c, seed=seed + i) for c in chosen[0]] for i in range(n_random)]

@@ -15,6 +15,7 @@ from interp.core.errors import DataError, ShapeError
 from interp.core.result import Provenance, Result
 from interp.core.stats import ranks
 from interp.patching.circuits.circuit import Circuit
+from interp.patching.circuits.reference import ReferenceCircuit
 from interp.patching.circuits.select_edges import counts_of, edge_order
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class CircuitMatch(Result):
 
 def compare(
     found: Circuit | Float[Tensor, "sender receiver"],
-    reference: Circuit,
+    reference: Circuit | ReferenceCircuit,
     *,
     absolute: bool = True,
     among: Bool[Tensor, "sender receiver"] | None = None,
@@ -92,7 +93,8 @@ def compare(
 
     Args:
         found: a circuit (its scores rank its edges, where it has them) or a number per edge.
-        reference: the known circuit; one without edges is compared by nodes alone (those that have a role).
+        reference: the known circuit, such as `reference_circuit` gives; one without edges is compared by nodes alone
+            (those that have a role).
         absolute: rank by magnitude.
         among: the edges that are compared; all by default. For a reference of heads alone, give those between heads,
             for MLPs on the way count as part of an edge there and as nodes here.
@@ -101,6 +103,7 @@ def compare(
         ShapeError: a circuit or scores of another graph.
         DataError: no edge to compare.
     """
+    reference = reference.circuit if isinstance(reference, ReferenceCircuit) else reference
     graph = reference.graph
     if isinstance(found, Circuit) and found.graph != graph:
         raise ShapeError(f"{found!r} and {reference!r} are about models of different shapes")

@@ -180,6 +180,8 @@ class CircuitRuns:
             if metric.n != len(self.pairs):
                 raise ShapeError(f"the metric {metric.name!r} is of {metric.n} pairs, and these are {len(self.pairs)}")
             return metric
+        if not isinstance(metric, str):
+            raise DataError(f"metric={metric!r}: circuits are measured by a name or a Metric, such as pairs.metric(…)")
         if metric != "kl":
             return self.pairs.metric(metric)
         logits = [answer_logits(self.hm.run(clean, logits="last")) for _, clean, _ in self._parts()]
@@ -295,8 +297,8 @@ def edge_effects(
 
     Source: edge activation patching, as in Conmy et al. (2023), arXiv 2304.14997, without their order of removal.
     """
-    base = runs.graph.allowed if circuit is None else circuit.edges
-    chosen = base if edges is None else base & edges
+    base = runs._mask(runs.graph.allowed if circuit is None else circuit)
+    chosen = base if edges is None else base & runs._mask(edges)
     places = chosen.nonzero()
     masks = []
     for row, column in places.tolist():

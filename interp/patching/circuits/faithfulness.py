@@ -196,7 +196,13 @@ def evaluate_circuits(
     Raises:
         ModelError, DataError, ShapeError: as `CircuitRuns`; and no circuit.
     """
-    chosen = [circuits] if isinstance(circuits, Circuit) else list(circuits)
+    chosen: list[Circuit] = []
+    for one in circuits if isinstance(circuits, Sequence) else [circuits]:
+        if not isinstance(one, Circuit):
+            raise DataError(
+                f"{type(one).__name__} is no Circuit; make one with top_edges(…), or take reference.circuit"
+            )
+        chosen.append(one)
     if not chosen:
         raise DataError("no circuit was given; give one, or several")
     runs = CircuitRuns(hm, pairs, metric=metric, ablation=ablation)

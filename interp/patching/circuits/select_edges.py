@@ -84,6 +84,8 @@ def edges_above(
     prune: bool = True,
 ) -> Circuit:
     """Return the circuit of the edges whose score is at least a threshold; arguments as for `top_edges`."""
+    if threshold != threshold:
+        raise DataError("threshold=nan: no score is at least that; give a number")
     edges = graph.allowed & (_ranked(graph, scores, absolute) >= threshold)
     return _made(graph, edges, scores, f"{'|score|' if absolute else 'score'} ≥ {threshold:.4g}", prune)
 
@@ -194,8 +196,8 @@ def random_like(circuit: Circuit, *, seed: int = 0) -> Circuit:
 
 def counts_of(graph: Graph, fractions: Sequence[float]) -> list[int]:
     """Return how many edges each fraction of the graph is: rounded, at least one."""
-    wrong = [f for f in fractions if not 0 < f <= 1]
-    if wrong or list(fractions) != sorted(set(fractions)):
+    rising = all(not isinstance(f, str) and 0 < f <= 1 for f in fractions) and list(fractions) == sorted(set(fractions))
+    if not rising or not len(fractions):
         raise DataError(f"fractions {list(fractions)}: expected rising numbers above 0 and up to 1")
     return [max(1, round(f * graph.n_edges)) for f in fractions]
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.attribute import INPUT, Interpolate, Path, gradient_run, gradient_runs, path_of
-from interp.core.errors import ConfigError, ShapeError, SiteError
+from interp.core.errors import ConfigError, DataError, ShapeError, SiteError
 from interp.core.manager import HookManager
 from interp.core.metrics import Metric
 from interp.core.rules import RULES, check_rule, rule_edits
@@ -115,6 +115,7 @@ def attribute(
             kept.add(part, atp_star(hm, *tokens, reads=work.reads, metric=part.metric, score=work.scores))
         else:
             kept.add(part, work.estimates(part, chosen, places, None if means is None else means(part)))
+    kept.check()
     return AttributionResult(
         provenance=sides.provenance(hm, {"rule": rule, "path": repr(chosen), "at": at, "nodes": list(asked)}),
         method=f"{rule}{'' if chosen.kind == 'none' else ', ' + chosen.kind}, {mode}",
@@ -298,6 +299,19 @@ class _Kept:
     totals: dict[str, list[Tensor]] = field(default_factory=dict)
     positions: dict[str, Tensor] = field(default_factory=dict)
     spans: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse scores that are no numbers.
+
+        Raises:
+            DataError: names the first place.
+        """
+        bad = next((place for place, found in self.positions.items() if bool(found.isnan().any())), None)
+        if bad is not None:
+            raise DataError(
+                f"the attribution of {bad} is NaN; look for NaN in the weights, an overflow of the dtype, or a metric "
+                "without a finite slope"
+            )
 
     def add(self, part: Part, scores: Mapping[str, Float[Tensor, "row pos unit"]]) -> None:
         """Take in the scores of some rows; pads count for nothing."""

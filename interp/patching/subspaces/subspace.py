@@ -9,6 +9,7 @@ from torch import Tensor
 
 from interp.core.errors import ShapeError
 from interp.core.manager import HookManager
+from interp.core.metrics import refuse_nan
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.core.stats import Estimate, bootstrap
@@ -170,7 +171,9 @@ def subspace_patch(
     basis = orthonormal(directions)
     if basis.shape[1] != task.width:
         raise ShapeError(f"directions are {basis.shape[1]} wide; {task.site.short} there is {task.width} wide")
-    clean = task.outcome(None, labels)
+    clean, corrupted = task.outcome(None, labels), task.corrupted_outcome(labels)
+    for name, side in (("clean", clean), ("corrupted", corrupted)):
+        refuse_nan(side.logit_diff, "the logit difference", name)
     patched, whole = task.outcome(task.subspace(basis), labels), task.outcome(task.whole(), labels)
     settings = {"site": task.site.short, "where": described(where), "k": len(basis)}
     return SubspaceResult(
@@ -179,7 +182,7 @@ def subspace_patch(
         where=described(where),
         basis=basis.cpu(),
         clean=clean.logit_diff,
-        corrupted=task.corrupted_outcome(labels).logit_diff,
+        corrupted=corrupted.logit_diff,
         patched=patched.logit_diff,
         whole=whole.logit_diff,
         hit=patched.hit,
