@@ -89,16 +89,10 @@ def path_patch(
     tokens = pairs.tokens(hm) if isinstance(pairs, PromptPairs) else pairs
     clean, corrupted = hm.to_tokens(tokens.clean), hm.to_tokens(tokens.corrupted)
     check_aligned(clean, corrupted, [p.place for group in (*sent.values(), *received.values()) for p in group])
-    chosen = tokens.metric(metric) if isinstance(metric, str) else metric
-    if not isinstance(chosen, Metric):
-        raise DataError(f"metric={metric!r}: paths are measured by a name or a Metric, such as pairs.metric(…) gives")
-    if chosen.n != len(tokens):
-        raise ShapeError(f"the metric is of {chosen.n} examples and these are {len(tokens)} pairs; give one of theirs")
+    chosen = _metric(tokens, metric)
     sides = (clean, corrupted) if mode == "noise" else (corrupted, clean)
     work = _Patching(hm, graph, sides[0], sides[1], direct, max_bytes, list(sent.values()), list(received.values()))
-    names = ("clean", "corrupted") if mode == "noise" else ("corrupted", "clean")
-    runs = zip((work.base, work.source), names, strict=True)
-    base, source = (refuse_nan(chosen(run).float().cpu(), chosen.name, side) for run, side in runs)
+    base, source = work.ends(chosen, mode)
     patched, blocked = work.measure(chosen)
     settings = {"senders": {k: [p.name for p in v] for k, v in sent.items()}, "direct": direct, "mode": mode}
     settings |= {"receivers": {k: [p.name for p in v] for k, v in received.items()}, "metric": chosen.name}
@@ -118,6 +112,15 @@ def path_patch(
         source=source,
         blocked=blocked,
     )
+
+
+def _metric(tokens: PairTokens, metric: Metric | str) -> Metric:
+    chosen = tokens.metric(metric) if isinstance(metric, str) else metric
+    if not isinstance(chosen, Metric):
+        raise DataError(f"metric={metric!r}: paths are measured by a name or a Metric, such as pairs.metric(…) gives")
+    if chosen.n != len(tokens):
+        raise ShapeError(f"the metric is of {chosen.n} examples and these are {len(tokens)} pairs; give one of theirs")
+    return chosen
 
 
 @dataclass(eq=False)
@@ -163,6 +166,13 @@ class _Patching:
         """The run that the senders' values come from."""
         reads = list(dict.fromkeys(_sent_from(p) for p in self.senders))
         return self.hm.run(self.source_tokens, read=reads, logits="last", batch_size=min(self.rows, self.n))
+
+    def ends(self, metric: Metric, mode: str) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+        """The metric of both runs; refused where it is no number."""
+        names = ("clean", "corrupted") if mode == "noise" else ("corrupted", "clean")
+        runs = zip((self.base, self.source), names, strict=True)
+        base, source = (refuse_nan(metric(run).float().cpu(), metric.name, side) for run, side in runs)
+        return base, source
 
     def _scales(self) -> list[str]:
         """Every σ on the way to a receiver; refused where a norm's formula is not known."""
