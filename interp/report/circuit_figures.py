@@ -68,8 +68,7 @@ def size_curve(
                 y=level, line={"width": 1, "dash": "dot"}, annotation_text=plain(name), annotation_font_size=10
             )
     ticks = sorted({10.0 ** math.floor(math.log10(p)) for p in places} | {1.0}) if places else [1.0]
-    # The legend stands between the title and the plot.
-    figure.update_layout(height=424, hovermode="x unified", margin_t=76, title={"y": 1, "yanchor": "top", "pad_t": 12})
+    figure.update_layout(height=400, hovermode="x unified")
     labels = [f"{100 * t:g} %" for t in ticks]
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=labels, title={"text": "share of edges", "standoff": 10})
     figure.update_yaxes(title={"text": plain(value), "standoff": 10})

@@ -57,7 +57,6 @@ def heat_panels(
     figure.update_layout(
         height=max(260, 184 + 24 * len(rows)),
         margin_t=88,
-        title={"y": 1, "yanchor": "top", "pad_t": 12},
         coloraxis={"colorscale": scale, "cmin": -top, "cmax": top, "colorbar": {"thickness": 10, "outlinewidth": 0}},
     )
     figure.update_annotations(font_size=12)

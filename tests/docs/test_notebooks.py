@@ -32,6 +32,7 @@ def test_a_notebook_ends_by_asserting_what_it_claims(path: Path) -> None:
 
 
 @complete
+@pytest.mark.usefixtures("unchecked")  # as a reader runs it: the type checker would take two thirds of its time
 def test_a_notebook_runs_and_its_claims_hold(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -198,6 +198,7 @@ def direct_sizes(direct: Tensor) -> Tensor:
     return direct.abs()
 
 
+@pytest.mark.usefixtures("unchecked")  # many gradients
 def test_integrated_gradients_of_the_inputs_are_complete() -> None:
     hm, pairs = small(), ioi()
     gap = pairs.metric()(hm.run(pairs.clean, logits="last")) - pairs.metric()(hm.run(pairs.corrupted, logits="last"))

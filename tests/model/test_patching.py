@@ -86,6 +86,7 @@ def test_every_cell_is_the_edit_made_by_hand_whatever_the_padding() -> None:
 
 
 @pytest.mark.parametrize("by", ["site", "neuron", "span", "head", "pos"])
+@pytest.mark.usefixtures("unchecked")  # a forward per neuron: the type checker would take most of the time
 def test_every_kind_of_column_is_the_naive_loop(by: str) -> None:
     hm, pairs = manager("GPT2"), ragged()
     sites = {"head": ["1.q"], "neuron": ["0.mlp_post"]}.get(by, ["1.mlp_out"])
@@ -346,6 +347,7 @@ def test_indirect_objects_are_moved_by_few_heads_and_read_at_the_end() -> None:
     assert float(strong[0]) > 0.2 and float(strong[len(strong) // 2].abs()) < 0.1
 
 
+@pytest.mark.usefixtures("unchecked")  # a fit of many steps
 def test_the_optimal_constant_hurts_less_than_the_mean_and_zero_and_is_one_per_head() -> None:
     hm, pairs = manager("GPT2"), ragged()
     tokens = pairs.tokens(hm)
