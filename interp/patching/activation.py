@@ -101,8 +101,7 @@ def activation_patch(
     read = list(dict.fromkeys([*chosen, *reads.values()]))
     runs = {side: hm.run(getattr(job, side), read=read, logits="last") for side in ("clean", "corrupted")}
     metrics = _metrics(job, metric, runs["clean"])
-    measured = {side: [refuse_nan(_measure(m, runs[side]), _name(m), side) for m in metrics] for side in runs}
-    bases = {side: torch.stack(values) for side, values in measured.items()}
+    bases = _bases(metrics, runs)
     sweeps = [_sweep(hm, job, chosen, reads, by, mode, pos, runs, metrics, options) for mode in options.modes]
     settings = _settings(chosen, reads, by, pos, metrics, options)
     provenance = Provenance.of(hm, settings=settings, data=(job.clean.ids, job.corrupted.ids))
@@ -140,6 +139,12 @@ class _Ready:
     n_parts: int
     keys: list[str]
     edits: str
+
+
+def _bases(metrics: Sequence[Any], runs: Mapping[str, Run]) -> dict[str, Float[Tensor, "metric batch"]]:
+    """Each metric on either side; a model that gives NaN is refused."""
+    measured = {side: [refuse_nan(_measure(m, run), _name(m), side) for m in metrics] for side, run in runs.items()}
+    return {side: torch.stack(values) for side, values in measured.items()}
 
 
 def _columns(sites: list[Site], pos: Any, options: PatchOptions) -> str:
