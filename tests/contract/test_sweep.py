@@ -68,8 +68,8 @@ def metrics_of(reference: Tensor) -> list[Metric]:
 
 
 # Each is another family here but for what a sweep does not touch: biases, the gain of a norm, the size of a window.
-TWINS = ("GPTNeoXSequential", "Mistral", "Qwen2", "Gemma", "Gemma3Multimodal", "Olmo", "StableLm", "Starcoder2")
-TWINS += ("GPTBigCode", "Phi")
+TWINS = ["GPTNeoXSequential", "Mistral", "Qwen2", "Gemma", "Gemma3Multimodal", "Olmo", "StableLm", "Starcoder2"]
+TWINS += ["GPTBigCode", "Phi"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in TWINS else ()) for n in FAMILIES])

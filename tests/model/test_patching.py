@@ -234,7 +234,7 @@ def test_a_file_of_other_values_places_or_latents_is_refused(tmp_path: Path) -> 
         file = tmp_path / f"{number}.safetensors"
         for _ in range(2):
             activation_patch(hm, first[0], sites="1.resid_pre", options=PatchOptions(resume=file, **first[1]))
-        with pytest.raises(ArtifactError, match="differs in (edits|given)"):
+        with pytest.raises(ArtifactError, match=r"differs in (edits|given)"):
             activation_patch(hm, second[0], sites="1.resid_pre", options=PatchOptions(resume=file, **second[1]))
 
 
