@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from interp.cli.lines import read_line, refuse, tell
-from interp.cli.pairs import LineFlags, PairsConfig, ResultFolder, open_model, open_pairs, say
-from interp.core.errors import ConfigError
+from interp.cli.pairs import LineFlags, MetricName, PairsConfig, ResultFolder, open_model, open_pairs, say
+from interp.core.errors import ConfigError, InterpError
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
@@ -42,7 +42,7 @@ class AttributeConfig(PairsConfig):
         description="what is estimated: denoise (clean into corrupted), noise (the other way), or an ablation by mean "
         "(of template and position) or zero",
     )
-    metric: str = Field(default="logit_diff", description="logit_diff, prob_diff or log_prob")
+    metric: MetricName = Field(default="logit_diff", description="what is estimated, one number per pair")
     verify: int = Field(
         default=0,
         ge=0,
@@ -104,7 +104,11 @@ def main(argv: list[str]) -> int:
         return 0
     folder.begin(cfg)
     tell(f"{cfg.level} of {hm.name or hm.map.family} on {len(pairs)} pairs of {pairs.name}")
-    found = _scored(hm, pairs, cfg)
+    try:
+        found = _scored(hm, pairs, cfg)
+    except InterpError:
+        folder.give_up()
+        raise
     files = write_result(folder, found, "scores.csv", "attribution.html")
     if cfg.verify:
         checked = _verified(hm, pairs, cfg)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from interp.cli.attribute import PathName, Rule, write_result
 from interp.cli.lines import read_line, refuse, tell
-from interp.cli.pairs import LineFlags, PairsConfig, PairsOptions, ResultFolder, open_model, open_pairs, say
+from interp.cli.pairs import LineFlags, MetricName, PairsConfig, PairsOptions, ResultFolder, open_model, open_pairs, say
 from interp.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class CircuitConfig(PairsConfig):
     ablation: Literal["patching", "zero", "mean", "mean_positional"] = Field(
         default="patching", description="what the edges outside carry: the other prompt's, nothing, or a mean"
     )
-    metric: str = Field(default="logit_diff", description="logit_diff, prob_diff or log_prob")
+    metric: MetricName = Field(default="logit_diff", description="what the circuit is to keep, one number per pair")
     n_random: int = Field(default=3, ge=1, description="random circuits of each size and kind beside the curve")
     knockouts: int = Field(default=20, ge=0, description="random sets of nodes for the completeness; 0 leaves it out")
     minimality: bool = Field(default=False, description="run the circuit without each of its nodes in turn")
@@ -96,11 +96,13 @@ def main(argv: list[str]) -> int:
         folder = ResultFolder(cfg.out, force=line.force)
     except ConfigError as err:
         return refuse(str(err))
-    hm = open_model(cfg)
-    if line.dry_run:
-        from interp.patching.graph import Graph
+    from interp.patching.graph import Graph
 
-        graph = Graph.of(hm)
+    hm = open_model(cfg)
+    graph = Graph.of(hm)
+    if cfg.edges is not None and cfg.edges > graph.n_edges:
+        return refuse(f"--edges {cfg.edges}: this model has {graph.n_edges} edges")
+    if line.dry_run:
         text = f"{cfg.to_yaml()}\n{graph.n_edges:,} edges between {len(graph.senders)} senders"
         say(text, {"config": cfg.model_dump(mode="json"), "edges": graph.n_edges}, as_json=line.json_output)
         return 0
@@ -187,4 +189,4 @@ def _chosen(hm: "HookManager", scores: "EdgeScores", curve: Any, cfg: CircuitCon
         share = curve.smallest(cfg.ranking, enough=_ENOUGH)
         n = graph.n_edges if math.isnan(share) else counts_of(graph, [share])[0]
     select = top_edges if cfg.select == "top" else greedy_edges
-    return select(graph, scores.scores, min(n, graph.n_edges), absolute=cfg.ranking == "absolute")
+    return select(graph, scores.scores, n, absolute=cfg.ranking == "absolute")

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from interp.core.manager import HookManager
     from interp.data.pairs import PromptPairs
 
-__all__ = ["LineFlags", "PairsConfig", "PairsOptions", "ResultFolder", "open_model", "open_pairs", "say", "settings_in"]
+__all__ = [
+    "LineFlags",
+    "MetricName",
+    "PairsConfig",
+    "PairsOptions",
+    "ResultFolder",
+    "open_model",
+    "open_pairs",
+    "say",
+    "settings_in",
+]
 
 _SETTINGS = "settings.yaml"
 
@@ -51,6 +61,10 @@ class PairsConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the model; by default the checkpoint's"
     )
+
+
+MetricName = Literal["logit_diff", "prob_diff", "log_prob"]
+"""The metrics of pairs that have a gradient and need no reference."""
 
 
 class LineFlags(BaseModel):
@@ -145,6 +159,11 @@ class ResultFolder:
             raise ArtifactError(
                 f"{self.path} cannot be written: {err.strerror}; make room, or choose another folder"
             ) from err
+
+    def give_up(self) -> None:
+        """Take away what `begin` made, where nothing was measured yet: the next try needs no --force."""
+        if not self._resumes and {p.name for p in self.path.iterdir()} <= {_SETTINGS}:
+            shutil.rmtree(self.path)
 
     def write(self, name: str, text: str) -> Path:
         """Write one file whole.

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from interp.cli.attribute import write_result
 from interp.cli.lines import read_line, refuse, tell, value_on
 from interp.cli.pairs import LineFlags, PairsConfig, ResultFolder, open_model, open_pairs, say, settings_in
-from interp.core.errors import ConfigError
+from interp.core.errors import ConfigError, InterpError
 from interp.core.settings import read_yaml
 
 if TYPE_CHECKING:
@@ -137,6 +137,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         tell(f"stopped; what is done is kept, `interp patch --resume --out {shlex.quote(cfg.out)}` goes on")
         return _STOPPED
+    except InterpError:
+        folder.give_up()
+        raise
     files = write_result(folder, found, "cells.csv", "patching.html")
     partial.unlink(missing_ok=True)
     record = {"out": cfg.out, "cells": found.unchanged.numel(), "notes": found.notes, "files": [str(f) for f in files]}

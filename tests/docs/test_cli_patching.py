@@ -96,6 +96,10 @@ def test_a_dry_run_writes_nothing_and_bad_settings_are_refused(
     assert main([verb, *PAIRS, "--out", str(tmp_path / "mine"), "--force"]) == 2
     assert "was not written by this command" in capfd.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").exists()
+    wrong = {"patch": ["--pos", "99"], "attribute": ["--nodes", "zz"], "circuit": ["--edges", "99999"]}[verb]
+    assert main([verb, *PAIRS, *wrong, "--out", out]) == (2 if verb == "circuit" else 1)
+    assert not Path(out).exists(), "nothing was measured, so nothing stands in the way of the next try"
+    assert main([verb, *PAIRS, "--metric" if verb != "patch" else "--mode", "klx", "--out", out]) == 2
 
 
 def test_noise_and_the_optimal_constant_are_asked_for_on_the_line(
