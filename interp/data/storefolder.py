@@ -79,6 +79,8 @@ class StoreFolder:
             ConfigError: it is a store with other settings.
         """
         held = {p.name for p in self.path.iterdir()} - {SETTINGS} if self.path.is_dir() else set()
+        # Another process may be writing the manifest at this moment, or was killed while it did.
+        held = {name for name in held if not (name.startswith(f".{MANIFEST}.") and name.endswith(".tmp"))}
         if self.path.exists() and not self.path.is_dir():
             raise ArtifactError(f"{self.path} is a file; a store is a folder: choose another path")
         shown = ", ".join(sorted(held)[:4]) + (", …" if len(held) > 4 else "")

@@ -899,3 +899,17 @@ def test_a_store_goes_to_s3_and_comes_back(tmp_path: Path, bucket: str) -> None:
     assert_equal_batches(StoredActivations(reference, **SMALL), far, tmp_path / "cache", limit)
     with pytest.raises(ArtifactError, match="bucket"):
         check_destination(folder, "s3://no-such-bucket/x")
+
+
+def test_a_store_whose_manifest_is_being_written_is_joined(tmp_path: Path) -> None:
+    """What another process has made by then, or left behind when it was killed: locks, shards and a draft."""
+    folder = tmp_path / "store"
+    (folder / "locks").mkdir(parents=True)
+    (folder / "shards").mkdir()
+    (folder / f".manifest.json.{uuid.uuid4().hex}.tmp").write_text("{")
+    StoreFolder(folder).begin(manifest(), resume=True, free_unit=False)
+    assert Manifest.read(folder) == manifest()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".notes.tmp").write_text("mine")
+    with pytest.raises(ArtifactError, match=r"holds \.notes\.tmp, which is no store"):
+        StoreFolder(tmp_path / "other").begin(manifest(), resume=True, free_unit=False)
