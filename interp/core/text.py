@@ -75,6 +75,12 @@ class Tokens:
         """Pads after each row's last real token: how far right padding on the left would move it."""
         return [int(row.flip(0).int().argmax()) for row in self.mask]
 
+    def take(self, rows: Int[Tensor, " n"]) -> "Tokens":
+        """Return some of the rows, in this order, with the columns of the whole batch."""
+        spans = {name: span[rows] for name, span in self.spans.items()}
+        positions = None if self.position_ids is None else self.position_ids[rows]
+        return replace(self, ids=self.ids[rows], mask=self.mask[rows], spans=spans, position_ids=positions)
+
     def left_padded(self, pad_id: int) -> "Tokens":
         """Return the same rows with their pads in front (what generation needs)."""
         shift = self.trailing_pads

@@ -12,7 +12,7 @@ from interp.core.text import Tokens, str_tokens, tokenize
 from interp.data.pair_tokens import PairTokens, with_spans
 from interp.data.prompt import Pair, Prompt
 
-__all__ = ["Problem", "tokenize_pairs"]
+__all__ = ["Problem", "tokenize_pairs", "tokenize_prompts"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,30 @@ def tokenize_pairs(
         name=name,
     )
     return made, work.problems
+
+
+def tokenize_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], *, bos: bool | None = None, side: str = "right"
+) -> Tokens:
+    """Return prompts as one padded batch, with their spans as masks and "end" at each row's last token.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; a fast one if there are spans.
+        prompts: the texts.
+        bos: as in `tokenize`.
+        side: where pads go.
+
+    Raises:
+        DataError: no tokenizer, a slow one and spans, or a span that cuts a token or holds none.
+    """
+    work = _Tokenizing(tokenizer, bos)
+    tokens = tokenize(tokenizer, [p.text for p in prompts], bos=bos, side=side)
+    held = []
+    for work.pair, (prompt, row) in enumerate(zip(prompts, _rows(tokens), strict=True)):
+        held.append(work.spans("text", prompt, row))
+    if work.problems:
+        raise DataError(f"text {work.problems[0].pair}: {work.problems[0].text}")
+    return with_spans(tokens, _masks(tokens, held))
 
 
 class _Found(NamedTuple):

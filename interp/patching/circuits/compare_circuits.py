@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core.errors import DataError, ShapeError
+from interp.core.fit import auroc
 from interp.core.result import Provenance, Result
-from interp.core.stats import ranks
 from interp.patching.circuits.circuit import Circuit
 from interp.patching.circuits.reference import ReferenceCircuit
 from interp.patching.circuits.select_edges import counts_of, edge_order
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects
 
-__all__ = ["CircuitMatch", "auroc", "compare"]
+__all__ = ["CircuitMatch", "compare"]
 
 _SIZES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
@@ -132,7 +132,7 @@ def compare(
     return CircuitMatch(
         provenance=reference.provenance or Provenance(model="", settings={"reference": reference.name}),
         name=reference.name,
-        edge_auroc=auroc(ranked, truth[chosen]),
+        edge_auroc=float(auroc(ranked, truth[chosen])),
         sizes=sizes,
         precision=hits[at] / torch.tensor(sizes),
         recall=hits[at] / int(truth.sum()) if bool(truth.any()) else torch.full((len(sizes),), torch.nan),
@@ -141,22 +141,6 @@ def compare(
         found=[n.name for n in graph.senders if n.name in ours & theirs],
         missing=[n.name for n in graph.senders if n.name in theirs - ours],
     )
-
-
-def auroc(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
-    """Return the probability that a true item has a higher score than a false one, ties counting one half.
-
-    Args:
-        scores: one per item.
-        truth: which are true; NaN comes back where all are, or none.
-
-    Source: Mann and Whitney (1947), as ranks.
-    """
-    n, m = int(truth.sum()), int((~truth).sum())
-    if not n or not m:
-        return float("nan")
-    place = ranks(scores.double())
-    return (float(place[truth].sum()) - n * (n + 1) / 2) / (n * m)
 
 
 def _inner(nodes: object) -> set[str]:

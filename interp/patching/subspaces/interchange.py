@@ -191,7 +191,7 @@ class Interchange:
 
     def tokens(self, rows: Int[Tensor, " row"]) -> Tokens:
         """Return the clean prompts of some pairs."""
-        return _rows(self.pairs.clean, rows)
+        return self.pairs.clean.take(rows)
 
     # -- edits --------------------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class Interchange:
 
     def corrupted_outcome(self, labels: Labels) -> Outcome:
         """Run the corrupted prompts as they are."""
-        return self._outcome(lambda rows: _rows(self.pairs.corrupted, rows), None, labels, None)
+        return self._outcome(lambda rows: self.pairs.corrupted.take(rows), None, labels, None)
 
     def _outcome(
         self,
@@ -292,12 +292,6 @@ def _of(metric: Metric, logits: Tensor, rows: Tensor) -> Tensor:
     return metric.of(logits, rows.to(logits.device)).detach().float().cpu()
 
 
-def _rows(tokens: Tokens, rows: Tensor) -> Tokens:
-    places = None if tokens.position_ids is None else tokens.position_ids[rows]
-    spans = {name: span[rows] for name, span in tokens.spans.items()}
-    return replace(tokens, ids=tokens.ids[rows], mask=tokens.mask[rows], spans=spans, position_ids=places)
-
-
 def _one_head(site: Site, base: Where, source: Where) -> int | None:
     if source.head is not None and source.head != base.head:
         raise WhereError("the two sides name different heads; give head=… with the clean side's Where")
@@ -311,7 +305,7 @@ def _kept(
 ) -> Float[Tensor, "n d"]:
     parts = []
     for rows in torch.arange(len(tokens)).split(batch_size):
-        found = hm.run(_rows(tokens, rows), read=[site])[site]
+        found = hm.run(tokens.take(rows), read=[site])[site]
         kept = found[mask[rows].to(found.device)]
         parts.append(kept.flatten(1) if head is None else kept[:, head].clone())
     return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Steering: directions and maps that change what a model says, and what they cost."""
