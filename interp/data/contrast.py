@@ -90,7 +90,7 @@ class Contrast:
         pairs = len(positive) == len(negative) if paired is None else paired
         if groups is not None and pairs and len(groups) == len(positive) and not isinstance(groups, tuple):
             groups = (groups, groups)
-        return cls(tuple(positive), tuple(negative), pairs, groups, name)
+        return cls(tuple(positive), tuple(negative), pairs, groups, name)  # type: ignore[arg-type]
 
     @classmethod
     def of_pairs(

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import ArtifactError, DataError, InterpError, ShapeError, SiteError
+from interp.core.fit import auroc
 from interp.core.resources import resource
 from interp.core.result import Provenance, Result
 from interp.patching.circuits import build_references
 from interp.patching.circuits.circuit import Circuit, reachable
 from interp.patching.circuits.circuit_curve import CircuitCurve, curve_area
 from interp.patching.circuits.circuit_files import load_eap_ig, write_eap_ig, write_graphml
-from interp.patching.circuits.compare_circuits import auroc, compare
+from interp.patching.circuits.compare_circuits import compare
 from interp.patching.circuits.faithfulness import CircuitScores, faithfulness, faithfulness_bounds, gap_is_clear
 from interp.patching.circuits.reference import reference_circuit, reference_names
 from interp.patching.circuits.select_edges import (
