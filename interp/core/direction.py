@@ -27,9 +27,10 @@ FORMAT = 1
 OPERATIONS = ("add", "ablate", "set")
 """add: x + c · v. ablate: x without its part along v. set: x with its coordinate along v set to c."""
 
-UNITS = ("raw", "rms", "sigma", "gap")
+UNITS = ("raw", "rms", "sigma", "gap", "largest")
 """What a dose of 1 is: the vector as fitted; or along the unit vector, the root mean square norm of the activation, the
-standard deviation of its projection, or the distance between the projections' means of the two classes."""
+standard deviation of its projection, the distance between the projections' means of the two classes, or the largest
+projection (the max-activation of AxBench)."""
 
 
 class Dose(NamedTuple):
@@ -80,7 +81,8 @@ class SiteScale(NamedTuple):
 
     def factor(self, unit: str, norm: float) -> float:
         """Return what a unit vector is multiplied by for a dose of 1; `norm` is the fitted vector's own."""
-        known = {"raw": norm, "rms": self.rms, "sigma": self.sigma, "gap": self.positive - self.negative}
+        gap = self.positive - self.negative
+        known = {"raw": norm, "rms": self.rms, "sigma": self.sigma, "gap": gap, "largest": self.largest}
         return known[unit]
 
 
