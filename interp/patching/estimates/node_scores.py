@@ -107,7 +107,7 @@ class AttributionResult(Result):
             exact: patches of the same pairs: head by head over all positions, or position by position.
 
         Warns:
-            that the two answer different questions: one estimates the corrupted run mended, the other the clean one hurt.
+            that one estimates the corrupted run mended and the other patches the clean one, or the other way round.
 
         Raises:
             SiteError: they have no place in common.
