@@ -50,7 +50,7 @@ def token_kl(
     amount = Dose.of(dose)
     if isinstance(amount.value, Tensor):
         raise ConfigError("one dose is measured at a time; give a number")
-    measure = TextMeasure(hm, read_text(hm, prompts), 1, where=where, batch_size=batch_size)
+    measure = TextMeasure(hm, read_text(hm, prompts), where=where, batch_size=batch_size)
     doses = Doses(torch.tensor([float(amount.value)], dtype=torch.float64), amount.unit)
     return measure(steers, doses).kl[0]
 
@@ -91,7 +91,7 @@ def calibrate(
     """
     if not 0 < kl < math.inf or not 0 < quantile < 1 or not 0 < tolerance < 1:
         raise ConfigError(f"kl={kl}, quantile={quantile}, tolerance={tolerance}: expected kl > 0, the others in (0, 1)")
-    measure = TextMeasure(hm, read_text(hm, prompts), 1, where=where, batch_size=batch_size)
+    measure = TextMeasure(hm, read_text(hm, prompts), where=where, batch_size=batch_size)
 
     def reached(dose: float) -> float:
         found = measure(steers, Doses(torch.tensor([dose], dtype=torch.float64), "raw")).kl[0]

@@ -94,7 +94,7 @@ class TextMeasure:
     """
 
     def __init__(
-        self, hm: HookManager, tokens: Tokens, n_doses: int, *, where: Where | None, batch_size: int
+        self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int
     ) -> None:
         self.hm, self.tokens, self.where = hm, tokens, where
         self.size = rows_within(hm, tokens.ids.shape[1], batch_size)
