@@ -150,6 +150,32 @@ class PromptPairs:
         made = zip(self.examples, sides, strict=True)
         return PromptPairs(tuple(Pair(e.corrupted, e.clean, a, f, e.meta) for e, (a, f) in made), self.name)
 
+    def leaning(self, answers: Sequence[str]) -> "PromptPairs":
+        """Return the prompts whose answers, or foils, are these texts, each with them as the answers.
+
+        For steering: whatever a prompt itself calls for, the metric then rises where the model is moved towards these.
+        The prompts stay where they are; other pairs are left out.
+
+        Args:
+            answers: texts such as " glad", " loved".
+
+        Raises:
+            DataError: no pair has one of them, or a pair has some among its answers and some among its foils.
+        """
+        wanted, made = set(answers), []
+        for i, e in enumerate(self):
+            right, wrong = set(e.answers) & wanted, set(e.foils) & wanted
+            if right and wrong:
+                raise DataError(f"pair {i}: {sorted(right)[0]!r} is an answer and {sorted(wrong)[0]!r} a foil; choose one")
+            if right or wrong:
+                a, f = (e.answers, e.foils) if right else (e.foils, e.answers)
+                made.append(Pair(e.clean, e.corrupted, a, f, e.meta))
+        if not made:
+            known = sorted({t for e in self for t in (*e.answers, *e.foils)})
+            shown = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
+            raise DataError(f"no pair of {self.name!r} has one of {sorted(wanted)}; its answers and foils are {shown}")
+        return PromptPairs(tuple(made), self.name)
+
     def filter(self, keep: Callable[[Pair], bool]) -> "PromptPairs":
         """Return the pairs for which a function is true.
 
