@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp.core.errors import DataError, ShapeError
-from interp.core.stats import ranks
 
 __all__ = ["Linear", "auroc", "lda", "ledoit_wolf", "logistic", "mass_mean", "principal"]
 
@@ -284,16 +283,26 @@ def auroc(scores: Float[Tensor, "*fit n"], truth: Bool[Tensor, "*#fit n"]) -> Fl
         ShapeError: lists that do not line up.
         DataError: a score that is NaN.
 
-    Source: Mann and Whitney (1947), as ranks.
+    Source: Mann and Whitney (1947).
     """
     if truth.shape[-1:] != scores.shape[-1:] or truth.ndim > scores.ndim:
         raise ShapeError(f"scores {tuple(scores.shape)} and truth {tuple(truth.shape)} must have one last axis")
     values = scores.detach().double()
     if bool(values.isnan().any()):
         raise DataError("scores hold NaN; leave those examples out first")
-    flat = values.reshape(-1, values.shape[-1])
-    found = torch.stack([ranks(row) for row in flat]).reshape(values.shape)
-    told = truth.expand(values.shape).to(values.device)
-    n_true, n_false = told.sum(-1).double(), (~told).sum(-1).double()
-    above = (found * told).sum(-1) - n_true * (n_true + 1) / 2
-    return above / (n_true * n_false)  # 0 / 0 is NaN
+    told = truth.to(values.device)
+    if told.ndim == 1:
+        return _shares(values[..., told], values[..., ~told])
+    rows = zip(
+        values.reshape(-1, values.shape[-1]), told.expand(values.shape).reshape(-1, values.shape[-1]), strict=True
+    )
+    return torch.stack([_shares(row[one], row[~one]) for row, one in rows]).reshape(values.shape[:-1])
+
+
+def _shares(one: Float[Tensor, "*fit n"], zero: Float[Tensor, "*fit m"]) -> Float[Tensor, "*fit"]:
+    """Share of pairs in which the first is larger, ties as half."""
+    if not one.shape[-1] or not zero.shape[-1]:
+        return one.new_full(one.shape[:-1], torch.nan)
+    order, wanted = zero.contiguous().sort(dim=-1).values, one.contiguous()
+    below = torch.searchsorted(order, wanted) + torch.searchsorted(order, wanted, right=True)
+    return below.double().mean(-1) / (2 * zero.shape[-1])

@@ -41,7 +41,8 @@ def separation(
     """Return how well scores tell two classes apart, with percentile intervals over resampled groups.
 
     Examples of one group (a template, a document) come and go together, so that what they share is not counted as
-    evidence many times over. Resamples in which a class is missing are left out; bounds are NaN for a single group.
+    evidence many times over. Resamples in which a class is missing are left out; bounds are NaN for a
+    single group.
     Memory: 2^20 doubles at a time.
 
     Args:
@@ -49,7 +50,7 @@ def separation(
         truth: True where the concept is.
         threshold: scores above it count as the concept; chosen on other examples.
         groups: number of the group of each example; each is its own by default.
-        n_bootstrap: resamples.
+        n_bootstrap: resamples; without any, bounds are NaN.
         seed: of the resampling.
 
     Raises:
@@ -70,7 +71,7 @@ def separation(
     _, member, sizes = held.unique(return_inverse=True, return_counts=True)
     n, draw = len(sizes), torch.Generator().manual_seed(seed)
     found = _figures(values, told, torch.ones(1, len(values), dtype=torch.float64), threshold)[:, 0]
-    if n < 2:
+    if n < 2 or n_bootstrap < 1:
         return Separation(*(Estimate(float(v), torch.nan, torch.nan) for v in found))
     parts = []
     step = max(1, _DRAWN // len(values))
