@@ -21,7 +21,7 @@ from interp.core.where import Where
 from interp.steering.dose_rows import Block, Doses, blocks, edits_of, quiet_at_zero, takes_rows
 from interp.steering.fluency import compression, distinct_n, generated_ids, generated_perplexity, rows_within
 
-__all__ = ["AnswerMeasure", "Continued", "OnText", "TextMeasure", "continue_prompts", "read_text"]
+__all__ = ["AnswerMeasure", "Continued", "OnText", "TextMeasure", "blocks_for", "continue_prompts", "read_text"]
 
 # Logits of unsteered text are kept up to so many bytes, and computed again beyond.
 _HELD_BYTES = 2**28
@@ -59,7 +59,7 @@ class AnswerMeasure:
         """Return the change of the metric from the unsteered model's."""
         n, k = len(self.tokens), len(doses.values)
         effect = torch.full((k, n), math.nan)
-        for block in _blocks_for(steers, n, k, self.size):
+        for block in blocks_for(steers, n, k, self.size):
             edits = edits_of(steers, doses, block, where=self.where, n_rows=n)
             with quiet_at_zero(doses, block):
                 steered = self._values(block, edits)
@@ -108,7 +108,7 @@ class TextMeasure:
         n, k = len(self.tokens), len(doses.values)
         kl: list[list[Tensor]] = [[] for _ in range(k)]
         change, total = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
-        for block in _blocks_for(steers, n, k, self.size):
+        for block in blocks_for(steers, n, k, self.size):
             part = self.tokens.take(block.rows)
             base = self._base(block, part)
             edits = edits_of(steers, doses, block, where=self.where, n_rows=n)
@@ -179,7 +179,7 @@ def continue_prompts(
     texts = [[""] * n for _ in range(k)]
     perplexity, packed = torch.full((k, n), math.nan), torch.full((k, n), math.nan)
     distinct = torch.full((k, n, 3), math.nan)
-    for block in _blocks_for(steers, n, k, batch_size):
+    for block in blocks_for(steers, n, k, batch_size):
         edits = edits_of(steers, doses, block, where=where, n_rows=n)
         with quiet_at_zero(doses, block):
             made = hm.generate(
@@ -198,7 +198,7 @@ def continue_prompts(
     return Continued(texts, perplexity, distinct, packed)
 
 
-def _blocks_for(steers: Steers | None, n_rows: int, n_doses: int, at_once: int) -> list[Block]:
+def blocks_for(steers: Steers | None, n_rows: int, n_doses: int, at_once: int) -> list[Block]:
     """Forwards that hold several doses where what steers takes one per row, else one dose each."""
     if steers is None or takes_rows(steers):
         return list(blocks(n_rows, n_doses, at_once))

@@ -6,13 +6,13 @@ Several doses are rows of one forward wherever what steers takes one dose per ro
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from interp.core.direction import Direction, Dose, Steers
+from interp.core.direction import Dose, Steers
 from interp.core.errors import ConfigError, DataError
 from interp.core.inputs import Inputs
 from interp.core.manager import HookManager
@@ -21,12 +21,13 @@ from interp.core.result import Provenance
 from interp.core.text import Tokens
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.steering.dose_rows import Doses, places_of, read_doses
+from interp.steering.dose_rows import Doses, read_doses
+from interp.steering.lines import Line, lines_of
 from interp.steering.measure import AnswerMeasure, Continued, OnText, TextMeasure, continue_prompts, read_text
 from interp.steering.sweep_options import Limits, SweepOptions
 from interp.steering.sweep_result import SteeringSweep
 
-__all__ = ["random_like", "steering_sweep"]
+__all__ = ["steering_sweep"]
 
 _SIGNED = ("logit_diff", "prob_diff")
 
@@ -65,9 +66,11 @@ def steering_sweep(
     """
     options = options or SweepOptions()
     amounts = read_doses(doses)
-    lines = _lines(hm, steers, amounts, options)
+    lines = lines_of(
+        hm, steers, amounts, controls=options.controls, together=options.together, seed=options.seed
+    )
     job = _job(hm, prompts, options)
-    done: list[tuple[_Line, _Found]] = []
+    done: list[tuple[Line, _Found]] = []
     total = sum(len(line.doses.values) for line in lines)
     try:
         with _bar(total, options.progress) as step:
@@ -87,66 +90,6 @@ def steering_sweep(
     data = [job.prompts.ids, job.prompts.mask] if job.prompts is not None else [job.text.ids, job.text.mask]
     provenance = Provenance.of(hm, settings=settings, data=data, seed=options.seed)
     return _result(job, base, done, provenance, amounts.unit, notes)
-
-
-def random_like(direction: Direction, *, seed: int = 0, name: str | None = None) -> Direction:
-    """Return a random direction of the same length at each site: the control that every dose is held to.
-
-    A dose of it moves the activation as far as the same dose of the direction does, in every unit.
-
-    Args:
-        direction: the direction.
-        seed: of the draw.
-        name: what it is called.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    vectors = {}
-    for site, v in direction.vectors.items():
-        random = torch.randn(v.shape, generator=draw)
-        vectors[site] = random * (v.norm() / random.norm())
-    return replace(direction, vectors=vectors, method="random", stats={}, name=name or f"random of {direction.name}")
-
-
-# -- what is swept -------------------------------------------------------------------------------------------------
-
-
-class _Line(NamedTuple):
-    """One steering at one place, at all its doses."""
-
-    name: str
-    site: str
-    steers: Steers
-    doses: Doses
-    control: bool
-
-
-def _lines(hm: HookManager, steers: Any, doses: Doses, options: SweepOptions) -> list[_Line]:
-    named = dict(steers) if isinstance(steers, Mapping) else {_name(steers): steers}
-    if not named:
-        raise ConfigError("there is nothing that steers; give a Direction, or several by name")
-    found: list[_Line] = []
-    for name, one in named.items():
-        if not callable(getattr(one, "as_interventions", None)):
-            raise ConfigError(f"{name!r} is {type(one).__name__}, which has no as_interventions; give what steers")
-        if not isinstance(one, Direction):
-            found.append(_Line(str(name), places_of(one), one, doses, control=False))
-            continue
-        one.check(hm)
-        own = doses if one.operation != "ablate" else Doses(torch.ones(1, dtype=torch.float64), "raw")
-        for part in [one] if options.together else one.each():
-            found.append(_Line(str(name), places_of(part), part, own, control=False))
-            for number in range(options.controls):
-                random = random_like(part, seed=options.seed + number)
-                found.append(_Line(f"random {number + 1} of {name}", places_of(part), random, own, control=True))
-    taken = [(line.name, line.site) for line in found]
-    if len(set(taken)) < len(taken):
-        raise ConfigError(f"two lines are called alike: {sorted({t for t in taken if taken.count(t) > 1})}")
-    return found
-
-
-def _name(steers: Any) -> str:
-    name = getattr(steers, "name", None)
-    return name if isinstance(name, str) and name else type(steers).__name__
 
 
 # -- what is measured ----------------------------------------------------------------------------------------------
@@ -185,7 +128,7 @@ class _Job:
         right = math.nan if self.questions is None else float((self.questions.base > 0).float().mean())
         return values, self._continued(None, once), right
 
-    def measure(self, line: _Line) -> _Found:
+    def measure(self, line: Line) -> _Found:
         """Everything of one line."""
         k = len(line.doses.values)
         effect = torch.zeros(k, 0) if self.answers is None else self.answers(line.steers, line.doses)
@@ -263,7 +206,7 @@ def _pair_tokens(hm: HookManager, pairs: PromptPairs | PairTokens) -> PairTokens
 def _result(
     job: _Job,
     base: tuple[Tensor, Continued, float],
-    done: list[tuple[_Line, _Found]],
+    done: list[tuple[Line, _Found]],
     provenance: Provenance,
     unit: str,
     notes: list[str],
@@ -330,7 +273,7 @@ def _prompt_texts(job: _Job) -> list[str]:
     return [job.hm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
-def _settings(lines: Sequence[_Line], doses: Doses, job: _Job, options: SweepOptions) -> dict[str, Any]:
+def _settings(lines: Sequence[Line], doses: Doses, job: _Job, options: SweepOptions) -> dict[str, Any]:
     return {
         "steers": [f"{line.name} at {line.site}" for line in lines if not line.control],
         "doses": doses.values.tolist(),
