@@ -27,6 +27,7 @@ VERBS = {
     "patch": Verb("interp.cli.patch", "patch activations of one prompt into another, every place in turn, exactly"),
     "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
+    "steer": Verb("interp.cli.steer", "fit a direction with its controls; measure what doses of it do and cost"),
     "store": Verb("interp.cli.store", "what a store of activations holds; verify it, repair it, send it elsewhere"),
     "testbed": Verb("interp.cli.testbed", "the small world and its models: describe, sample, tasks, card, rebuild"),
     "train": Verb("interp.cli.train", "train a sparse dictionary on a site of a model"),
