@@ -1,9 +1,6 @@
 """`interp patch`: an exact activation-patching sweep; can be stopped and resumed."""
 
 import shlex
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +9,7 @@ from pydantic import Field, model_validator
 
 from interp.cli.lines import read_line, refuse, tell, value_on
 from interp.cli.pairs import PairsConfig, open_pairs
-from interp.cli.results import LineFlags, ResultFolder, open_model, say, settings_in, write_result
+from interp.cli.results import LineFlags, ResultFolder, open_model, say, settings_in, term_interrupts, write_result
 from interp.core.errors import ConfigError, InterpError
 from interp.core.settings import read_yaml
 
@@ -132,7 +129,7 @@ def main(argv: list[str]) -> int:
     folder.begin(cfg)
     partial = folder.path / _PARTIAL
     try:
-        with _term_interrupts():
+        with term_interrupts():
             found = _swept(hm, pairs, cfg, partial)
     except KeyboardInterrupt:
         tell(f"stopped; what is done is kept, `interp patch --resume --out {shlex.quote(cfg.out)}` goes on")
@@ -191,17 +188,3 @@ def _swept(hm: "HookManager", pairs: "PromptPairs", cfg: PatchConfig, partial: P
     metric = cfg.metrics[0] if len(cfg.metrics) == 1 else cfg.metrics
     tokens = pairs.tokens(hm, bos=cfg.bos)
     return activation_patch(hm, tokens, sites=sites, metric=metric, pos=cfg.pos, options=options)
-
-
-@contextmanager
-def _term_interrupts() -> Iterator[None]:
-    """SIGTERM ends a sweep as Ctrl-C does."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

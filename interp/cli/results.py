@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +19,16 @@ if TYPE_CHECKING:
     from interp.core.manager import HookManager
     from interp.core.result import Result
 
-__all__ = ["LineFlags", "ModelConfig", "ResultFolder", "open_model", "say", "settings_in", "write_result"]
+__all__ = [
+    "LineFlags",
+    "ModelConfig",
+    "ResultFolder",
+    "open_model",
+    "say",
+    "settings_in",
+    "term_interrupts",
+    "write_result",
+]
 
 _SETTINGS = "settings.yaml"
 
@@ -156,3 +168,17 @@ def write_result(folder: ResultFolder, found: "Result", table: str, page: str, *
         found.to_html(folder.path / page),
         found.save(folder.path / name, overwrite=True),  # the folder is new, emptied, or gone on with
     ]
+
+
+@contextmanager
+def term_interrupts() -> Iterator[None]:
+    """Within this, SIGTERM ends work as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

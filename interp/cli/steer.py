@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from interp.cli.lines import read_line, refuse, tell
-from interp.cli.results import LineFlags, ModelConfig, ResultFolder, open_model, say, write_result
+from interp.cli.results import LineFlags, ModelConfig, ResultFolder, open_model, say, term_interrupts, write_result
 from interp.core.errors import ConfigError, InterpError
 from interp.core.settings import Settings
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from interp.core.where import Where
     from interp.data.ab_questions import ABQuestions
     from interp.data.contrast import Contrast
-    from interp.data.pairs import PromptPairs
 
 __all__ = ["SteerConfig", "SteerData", "SteerLine", "main"]
 
@@ -29,12 +28,15 @@ class SteerData(Settings):
     """What the direction is fitted and tried on."""
 
     task: str | None = Field(
-        default=None, description="a task that the model's tokenizer takes, such as sentiment; an unknown one lists them"
+        default=None,
+        description="a task that the model's tokenizer takes, such as sentiment; an unknown one lists them",
     )
     positive: list[str] = Field(
         default=[], description="for task: the answers that steering should make likelier, such as ' glad' ' loved'"
     )
-    texts: str | None = Field(default=None, description="a CSV or JSON-lines file with the columns text, label[, group]")
+    texts: str | None = Field(
+        default=None, description="a CSV or JSON-lines file with the columns text, label[, group]"
+    )
     questions: str | None = Field(
         default=None,
         description="A/B questions, a file of {question, answer_matching_behavior, answer_not_matching_behavior}",
@@ -58,7 +60,9 @@ class SteerConfig(ModelConfig):
     data: SteerData = SteerData(task="sentiment", positive=[" glad", " loved", " positive", " success", " recommend"])
     direction: str | None = Field(default=None, description="a direction that was saved, instead of fitting one")
     method: _Method = Field(default="mean_difference", description="how the direction is fitted")
-    sites: list[str] = Field(default=["*.resid_post"], min_length=1, description="sites or globs, each with its direction")
+    sites: list[str] = Field(
+        default=["*.resid_post"], min_length=1, description="sites or globs, each with its direction"
+    )
     doses: list[float] = Field(
         default=[-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0], min_length=1, description="how much of it, in the unit"
     )
@@ -123,10 +127,11 @@ def main(argv: list[str]) -> int:
         return _described(hm, data, cfg, as_json=line.json_output)
     folder.begin(cfg)
     try:
-        return _steered(hm, data, cfg, folder, as_json=line.json_output)
+        with term_interrupts():
+            return _steered(hm, data, cfg, folder, as_json=line.json_output)
     except KeyboardInterrupt:
         folder.give_up()
-        tell("stopped")
+        tell("stopped before anything was measured")
         return _STOPPED
     except InterpError:
         folder.give_up()
@@ -198,13 +203,14 @@ def _steered(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultFol
     found = steering_sweep(hm, direction, data.prompts, doses=doses, options=options)
     files = write_result(folder, found, "sweep.csv", "steering.html")
     said += [found.summary(), *map(str, files)]
-    if data.questions is not None:
+    stopped = any(note.startswith("stopped") for note in found.notes)
+    if data.questions is not None and not stopped:
         answered = ab_evaluation(hm, data.questions, direction, doses=doses)
         files += write_result(folder, answered, "answers.csv", "answers.html", name="answers")
         said += [answered.summary(), *map(str, files[-3:])]
     record = {"out": cfg.out, "cells": len(found), "notes": found.notes, "files": [str(f) for f in files]}
     say("\n".join(said), record, as_json=as_json)
-    return 0
+    return _STOPPED if stopped else 0
 
 
 def _where(name: str) -> "Where | None":

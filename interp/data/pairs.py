@@ -166,7 +166,9 @@ class PromptPairs:
         for i, e in enumerate(self):
             right, wrong = set(e.answers) & wanted, set(e.foils) & wanted
             if right and wrong:
-                raise DataError(f"pair {i}: {sorted(right)[0]!r} is an answer and {sorted(wrong)[0]!r} a foil; choose one")
+                raise DataError(
+                    f"pair {i}: {sorted(right)[0]!r} is an answer and {sorted(wrong)[0]!r} a foil; choose one"
+                )
             if right or wrong:
                 a, f = (e.answers, e.foils) if right else (e.foils, e.answers)
                 made.append(Pair(e.clean, e.corrupted, a, f, e.meta))

@@ -279,7 +279,9 @@ def _up_to(hm: HookManager, question: ABQuestion, answer: str, letter: str) -> t
     begin = len(lead) + len(before)
     at = next((i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a <= begin < b), None)
     if not at:
-        raise DataError(f"the letter {letter!r} of {question.question[:50]!r} is not found among the tokens of its text")
+        raise DataError(
+            f"the letter {letter!r} of {question.question[:50]!r} is not found among the tokens of its text"
+        )
     return list(encoded["input_ids"][:at]), int(encoded["input_ids"][at])
 
 

@@ -93,9 +93,7 @@ class TextMeasure:
     below 256 MB; and up to 256 MB of unsteered logits that are kept.
     """
 
-    def __init__(
-        self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int
-    ) -> None:
+    def __init__(self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int) -> None:
         self.hm, self.tokens, self.where = hm, tokens, where
         self.size = rows_within(hm, tokens.ids.shape[1], batch_size)
         counted = tokens.mask & ~hm.special_mask(tokens.ids)

@@ -66,9 +66,7 @@ def steering_sweep(
     """
     options = options or SweepOptions()
     amounts = read_doses(doses)
-    lines = lines_of(
-        hm, steers, amounts, controls=options.controls, together=options.together, seed=options.seed
-    )
+    lines = lines_of(hm, steers, amounts, controls=options.controls, together=options.together, seed=options.seed)
     job = _job(hm, prompts, options)
     done: list[tuple[Line, _Found]] = []
     total = sum(len(line.doses.values) for line in lines)
