@@ -232,8 +232,8 @@ def _described(hm: "HookManager", data: _Data, cfg: SteerConfig, *, as_json: boo
     record = {"config": cfg.model_dump(mode="json"), "sites": sites, "cells": cells, "texts": sizes}
     shown = ", ".join(sites[:8]) + (", …" if len(sites) > 8 else "")
     text = (
-        f"{cfg.to_yaml()}\n{len(sites)} sites ({shown}); fitted on {sizes['positive']} and {sizes['negative']} texts of "
-        f"{data.fit.name}, tried on {sizes['tried']}; {cells} cells, controls included"
+        f"{cfg.to_yaml()}\n{len(sites)} sites ({shown}); fitted on {sizes['positive']} and {sizes['negative']} texts "
+        f"of {data.fit.name}, tried on {sizes['tried']}; {cells} cells, controls included"
     )
     say(text, record, as_json=as_json)
     return 0
