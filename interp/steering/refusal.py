@@ -34,9 +34,9 @@ def fit_refusal(
     """Find the direction of refusal: mean activation on harmful minus that on harmless instructions, well chosen.
 
     Candidates are the differences of means at every layer's `resid_pre` and every token that the chat template puts
-    after the instruction; without a template, at the last five tokens. `select_direction` chooses among them on the
-    validation instructions. Any behaviour that some prompts show and others do not can be given instead. Memory: that
-    of a forward of `options.rows` rows; and 8 · layers · positions · d_model bytes.
+    after the instruction; without a template, or with `options.chat` off, at the last five. `select_direction` chooses
+    among them on the validation instructions. Any behaviour that some prompts show and others do not can be given
+    instead. Memory: that of a forward of `options.rows` rows; and 8 · layers · positions · d_model bytes.
 
     Args:
         hm: the model.
@@ -59,12 +59,14 @@ def fit_refusal(
             f"{len(both)} instructions are to fit on and to choose on, such as {both[0][:60]!r}; split them"
         )
     score = refuses if callable(refuses) else token_log_odds([hm.to_single_token(text) for text in refuses])
-    parts = [instruction_tokens(hm, texts) for texts in (harmful, harmless, harmful_val, harmless_val)]
+    parts = [instruction_tokens(hm, texts, chat=how.chat) for texts in (harmful, harmless, harmful_val, harmless_val)]
     counts = [n for _, n in parts]
     positions = list(range(-min(counts), 0))
     bad, good = (_means(hm, tokens, positions, how.rows) for tokens, _ in parts[:2])
     tokens = parts[0][0]
-    said = str_tokens(tokens.tokenizer, tokens.ids[:1, tokens.mask[0]])[0] if tokens.tokenizer is not None else []
+    # The template's tokens are the same after every instruction, so the first one's say what a position is.
+    templated = how.chat and bool(getattr(hm.tokenizer, "chat_template", None))
+    said = str_tokens(hm.tokenizer, tokens.ids[:1, tokens.mask[0]])[0] if templated else []
     hashed = [t for part, _ in parts[:2] for t in (part.ids, part.mask)]
     model = Provenance.of(hm, settings={"positions": positions}, data=hashed)
     candidates, labels = [], []
@@ -75,11 +77,11 @@ def fit_refusal(
                 continue  # a template's token sees nothing of the instruction before the first attention
             made = Direction({f"{layer}.resid_pre": v}, "mean_difference", model, read_at=f"pos={pos}", name=name)
             candidates.append(replace(made, folded=hm.is_folded))
-            labels.append(f"{pos} {said[pos]!r}" if said and len(set(counts)) == 1 else str(pos))
+            labels.append(f"{pos} {said[pos]!r}" if said else str(pos))
     return select_direction(hm, candidates, score, parts[2][0], parts[3][0], labels=labels, options=how)
 
 
-def instruction_tokens(hm: HookManager, instructions: Sequence[str]) -> tuple[Tokens, int]:
+def instruction_tokens(hm: HookManager, instructions: Sequence[str], *, chat: bool = True) -> tuple[Tokens, int]:
     """Return instructions as prompts that are ready to be answered, and how many tokens follow an instruction.
 
     With a chat template each is the user's turn, and the assistant's header follows; the number is that of the
@@ -88,13 +90,14 @@ def instruction_tokens(hm: HookManager, instructions: Sequence[str]) -> tuple[To
     Args:
         hm: the model.
         instructions: the texts.
+        chat: use the chat template, where there is one.
 
     Raises:
         DataError: no instructions, no tokenizer, or a template in which the instruction is not found.
     """
     if isinstance(instructions, str) or not instructions:
         raise DataError(f"expected a list of instructions, got {instructions!r}")
-    if not getattr(hm.tokenizer, "chat_template", None):
+    if not (chat and getattr(hm.tokenizer, "chat_template", None)):
         tokens = tokenize(hm.tokenizer, list(instructions))
         return tokens, min(_LAST, int(tokens.lengths.min()))
     chats = [hm.chat([{"role": "user", "content": text}]) for text in instructions]

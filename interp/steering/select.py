@@ -39,12 +39,14 @@ class SelectOptions:
         min_induce: smallest mean score that its addition must reach on prompts without the behaviour.
         depth: candidates at this share of the depth or beyond are left out: they write the answer itself.
         rows: prompts times candidates that run together.
+        chat: whether `fit_refusal` puts instructions into the model's chat template, where there is one.
     """
 
     max_kl: float = 0.1
     min_induce: float = 0.0
     depth: float = 0.8
     rows: int = 64
+    chat: bool = True
 
     def __post_init__(self) -> None:
         if not (self.max_kl > 0 and 0 < self.depth <= 1 and self.rows > 0 and math.isfinite(self.min_induce)):

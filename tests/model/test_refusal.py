@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from interp.core.errors import ConfigError, DataError, ModelError, ShapeError, SiteError
-from interp.core.intervention import Project
+from interp.core.intervention import Add, Project
 from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.stats import pearson
@@ -16,6 +16,7 @@ from interp.steering.orthogonal import orthogonalised, stream_writers
 from interp.steering.refusal import fit_refusal, instruction_tokens
 from interp.steering.select import SelectOptions, select_direction, token_log_odds
 from interp.testbed.nano import NanoOptions, nano
+from interp.testbed.tasks import task_pairs
 from tests.families import VOCAB, manager, word_tokenizer
 
 BAD, REFUSES, TEMPLATE = range(60, 70), 100, "{% for m in messages %}w90 {{ m['content'] }} w91 w92{% endfor %}"
@@ -84,7 +85,6 @@ def found(options: SelectOptions | None = None) -> Any:
 def test_the_planted_direction_is_found_and_governs_the_behaviour(tmp_path: Path) -> None:
     hm, truth = planted()
     choice = found()
-    assert choice.labels[:1] == ["-1 'w92'"] or "w9" in choice.labels[0]
     assert set(choice.labels) <= {"-2 'w91'", "-1 'w92'"}  # the template's tokens after the instruction, no others
     direction = choice.direction
     (site,) = direction.sites
@@ -106,6 +106,35 @@ def test_the_planted_direction_is_found_and_governs_the_behaviour(tmp_path: Path
     again = Result.load(tmp_path / "choice")
     assert again.summary() == choice.summary() and list(again.to_frame().columns) == list(choice.to_frame().columns)
     assert len(choice.plot().data) == 6 and choice.ablation.operation == "ablate"
+
+
+def test_a_behaviour_that_a_trained_model_has_is_found_and_governed_on_other_prompts() -> None:
+    hm = HookManager.load("testbed")
+    pairs = [p for p in task_pairs("sentiment", 200) if p.meta["variant"] == "mood"]
+    turned = [p.answers[0] == " glad" for p in pairs]
+    glad, sad = (
+        list(dict.fromkeys((p.clean if t == up else p.corrupted).text for p, t in zip(pairs, turned, strict=True)))
+        for up in (True, False)
+    )
+    options = SelectOptions(chat=False)
+    choice = fit_refusal(
+        hm, glad[:16], sad[:16], glad[16:28], sad[16:28], refuses=[" glad"], options=options, name="glad"
+    )
+    score = token_log_odds([hm.to_single_token(" glad")])
+
+    def mean(texts: list[str], write: Any = ()) -> float:
+        return float(score(hm.run(texts, write=write, logits="last").logits[:, 0]).mean())
+
+    new = glad[28:44], sad[28:44]
+    assert mean(new[0]) > 3 and mean(new[1]) < -3
+    assert mean(new[0], choice.ablation.as_interventions()) < -1
+    assert mean(new[1], choice.direction.as_interventions()) > -1
+    other = torch.randn(hm.d_model, generator=torch.Generator().manual_seed(1))
+    assert mean(new[0], [Project(site, other) for site in stream_writers(hm)]) > 3
+    same = Add(choice.direction.sites[0], other * choice.direction[choice.direction.sites[0]].norm() / other.norm())
+    assert mean(new[1], [same]) < -3
+    copy = orthogonalised(hm, choice.direction)
+    assert float(score(copy.run(new[0], logits="last").logits[:, 0]).mean()) < -1
 
 
 def test_scores_are_those_of_each_candidate_alone() -> None:
