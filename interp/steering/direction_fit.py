@@ -278,7 +278,7 @@ def fit_with_controls(
         for site, examples in seen.items():
             draw = torch.Generator().manual_seed(zlib.crc32(f"control {seed + 1 + i} {site}".encode()))
             drawn[site] = solve(examples, "random", draw).vector
-            v = solve(wrong[site], method, draw).vector
+            v = _blind(wrong[site], method, draw)
             shuffled[site] = v * found.vectors[site].norm() / v.norm()
             null.append(_judged(wrong[site], relabelled(unseen[site], dark, how.pool), v, how, None))
         vectors |= {f"random {i}": drawn, f"shuffled {i}": shuffled}
@@ -305,6 +305,14 @@ def fit_with_controls(
         folded=found.folded,
         notes=notes,
     )
+
+
+def _blind(examples: Gathered, method: str, draw: torch.Generator) -> Tensor:
+    """What a method finds under labels that say nothing; where they leave no difference at all, a vector at random."""
+    one, zero = (examples.of_class(code).double().mean(0) for code in (1, 0))
+    if bool((one == zero).all()):
+        return torch.randn(one.shape, generator=draw)
+    return solve(examples, method, draw).vector
 
 
 def _judged(

@@ -154,6 +154,34 @@ def test_controls_stand_beside_and_the_null_is_chance(tmp_path: Path) -> None:
     assert set(fit.cosines) == {"pca", "lat", "lda"}
 
 
+def test_the_null_is_judged_under_shuffled_labels_for_a_shuffled_fit_may_be_the_concept() -> None:
+    # Differences of pairs lie along one axis, by one to three of four words: under any labels that axis stands out.
+    draw = torch.Generator().manual_seed(2)
+    sides: list[list[str]] = [[], []]
+    for i in range(40):
+        rest = [f"w{j}" for j in torch.randint(1, 40, (3 - i % 3,), generator=draw).tolist()]
+        for texts, word in zip(sides, ("w60", "w70"), strict=True):
+            texts.append(" ".join([word] * (1 + i % 3) + rest))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = fit_with_controls(
+            HM, Contrast.make(*sides), "0.resid_pre", where=Where(), n_controls=4, options=FitOptions(pool="mean")
+        )
+    found = {k: abs(fit.held_out("0.resid_pre", kind=k).mean - 0.5) for k in fit.kinds}
+    assert found["direction"] > 0.45
+    assert sum(found[f"shuffled {i}"] for i in range(4)) > 1.2
+    assert sum(found[f"null {i}"] for i in range(4)) < 0.8
+
+
+def test_labels_that_leave_no_difference_do_not_end_the_fit() -> None:
+    sides = [[f"w{1 + i} w2 {word}" for i in range(20)] for word in ("w60", "w70")]  # all pairs differ by one vector
+    with pytest.warns(UserWarning, match="a control separates"):  # nothing else varies, so any direction does
+        fit = fit_with_controls(HM, Contrast.make(*sides), "0.resid_pre", n_controls=2)
+    assert fit.best_site().auroc.mean == 1 and fit.stats["0.resid_pre"]["consistency"] == pytest.approx(1)
+    with pytest.raises(DataError, match=r"0.resid_pre: the two classes have the same mean"):
+        fit_direction(HM, Contrast.make(["w1 w5", "w2 w5"], ["w3 w5", "w4 w5"]), "0.resid_pre")
+
+
 def test_words_that_mean_nothing_give_a_warning_that_controls_do_as_well() -> None:
     draw = torch.Generator().manual_seed(4)
     sides = [
