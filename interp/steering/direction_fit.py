@@ -278,7 +278,7 @@ def fit_with_controls(
         for site, examples in seen.items():
             draw = torch.Generator().manual_seed(zlib.crc32(f"control {seed + 1 + i} {site}".encode()))
             drawn[site] = solve(examples, "random", draw).vector
-            v = solve(wrong[site], method, draw).vector
+            v = _blind(wrong[site], method, draw)
             shuffled[site] = v * found.vectors[site].norm() / v.norm()
             null.append(_judged(wrong[site], relabelled(unseen[site], dark, how.pool), v, how, None))
         vectors |= {f"random {i}": drawn, f"shuffled {i}": shuffled}
@@ -305,6 +305,14 @@ def fit_with_controls(
         folded=found.folded,
         notes=notes,
     )
+
+
+def _blind(examples: Gathered, method: str, draw: torch.Generator) -> Tensor:
+    """What a method finds under labels that say nothing; where they leave no difference at all, a vector at random."""
+    one, zero = (examples.of_class(code).double().mean(0) for code in (1, 0))
+    if bool((one == zero).all()):
+        return torch.randn(one.shape, generator=draw)
+    return solve(examples, method, draw).vector
 
 
 def _judged(
@@ -343,8 +351,12 @@ def _cosines(found: Direction, seen: Mapping[str, Gathered], how: FitOptions, me
 def _as_good(table: Tensor, kinds: list[str], sites: list[str], method: str) -> list[str]:
     """A warning, and a note, of sites where a control separates as well as the direction."""
     rows = [i for i, kind in enumerate(kinds) if kind.split()[0] in _RIVALS]
-    ours, best = table[0, :, 0, 0], table[rows, :, 0, 0].max(0).values
-    named = [f"{s} ({a:.2f}, control {b:.2f})" for s, a, b in zip(sites, ours, best, strict=True) if b >= a]
+    named = []
+    for i, site in enumerate(sites):
+        ours, best = (float(v) for v in (table[0, i, 0, 0], table[rows, i, 0, 0].max()))
+        # Where both order every pair rightly, the distance of the classes decides.
+        if best > ours or (best == ours and float(table[rows, i, 2, 0].max()) >= float(table[0, i, 2, 0])):
+            named.append(f"{site} ({ours:.2f}, control {best:.2f})")
     if not named:
         return []
     more = f" and {len(named) - 4} more" if len(named) > 4 else ""

@@ -102,7 +102,10 @@ def direction_of(
     for site, examples in held.items():
         draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site}".encode()))
         seen = relabelled(examples, blind, pool) if blind is not tokens else examples
-        found = solve(seen, method, draw)
+        try:
+            found = solve(seen, method, draw)
+        except DataError as err:
+            raise DataError(f"{site}: {err}") from None
         vectors[site], stats[site] = found.vector, found.stats
         if blind is not tokens:
             vectors[site] = found.vector * _length(examples) / found.vector.norm()
