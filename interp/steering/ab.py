@@ -198,7 +198,7 @@ def ab_evaluation(
         provenance=Provenance.of(hm, settings=settings, data=tokens),
         steers=[UNSTEERED, *(line.name for line, _ in cells)],
         sites=["", *(line.site for line, _ in cells)],
-        doses=torch.tensor([0.0, *(float(line.doses.values[k]) for line, k in cells)]),
+        doses=torch.tensor([0.0, *(float(line.doses.values[k]) for line, k in cells)], dtype=torch.float64),
         unit=amounts.unit,
         control=torch.tensor([False, *(line.control for line, _ in cells)]),
         log_odds=torch.cat([torch.stack([o.log_odds for o in both], 1) for both in [base, *found]]),

@@ -166,7 +166,7 @@ def _result(
         provenance=Provenance.of(scorer.hm, settings=settings, data=(tokens.ids, tokens.mask), seed=options.seed),
         steers=[UNSTEERED, *(line.name for line, _ in cells)],
         sites=["", *(line.site for line, _ in cells)],
-        doses=torch.tensor([0.0, *(float(line.doses.values[k]) for line, k in cells)]),
+        doses=torch.tensor([0.0, *(float(line.doses.values[k]) for line, k in cells)], dtype=torch.float64),
         unit=doses.unit,
         control=torch.tensor([False, *(line.control for line, _ in cells)]),
         aspects=list(scorer.judges),

@@ -250,7 +250,7 @@ def _result(
         provenance=provenance,
         steers=[line.name for line, _, _ in cells],
         sites=[line.site for line, _, _ in cells],
-        doses=torch.stack([line.doses.values[k] for line, _, k in cells]).float(),
+        doses=torch.stack([line.doses.values[k] for line, _, k in cells]),
         unit=unit,
         control=torch.tensor([line.control for line, _, _ in cells]),
         metric=metric,
