@@ -15,10 +15,10 @@ from interp.core.manager import HookManager
 from interp.core.result import Provenance
 from interp.core.text import Tokens
 from interp.core.where import Where
+from interp.steering.dose_effects import Continued, Sampling, continue_prompts, prompt_texts, read_text
 from interp.steering.dose_rows import Doses, read_doses
 from interp.steering.judges import Judge, Judged, judged
 from interp.steering.lines import UNSTEERED, Line, lines_of
-from interp.steering.measure import Continued, Sampling, continue_prompts, prompt_texts, read_text
 from interp.steering.open_ended_result import OpenEnded
 
 __all__ = ["OpenEndedOptions", "open_ended"]

@@ -22,9 +22,7 @@ from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.steering.dose_rows import Doses, of_rows, read_doses
-from interp.steering.lines import Line, lines_of
-from interp.steering.measure import (
+from interp.steering.dose_effects import (
     AnswerMeasure,
     Continued,
     OnText,
@@ -34,6 +32,8 @@ from interp.steering.measure import (
     prompt_texts,
     read_text,
 )
+from interp.steering.dose_rows import Doses, of_rows, read_doses
+from interp.steering.lines import Line, lines_of
 from interp.steering.sweep_options import Limits, SweepOptions
 from interp.steering.sweep_result import SteeringSweep
 
