@@ -41,7 +41,7 @@ class SweepOptions:
             `Direction` every position). With positions of generated tokens, add `Where.last_prompt()`: the first answer
             token is predicted there.
         text: neutral text that KL and loss are measured on; the prompts by default.
-        text_where: the positions it acts on in that text; every one by default.
+        text_where: the positions it acts on in that text, and in the questions; every one by default.
         questions: pairs whose right answers should survive: a drop of their accuracy is a side effect.
         generate_from: prompts to continue; by default the first `n_generated` of the prompts.
         n_generated: how many; 0 generates nothing.
