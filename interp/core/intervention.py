@@ -99,6 +99,11 @@ class Intervention:
         """Where this edit acts."""
         return getattr(self, "where", _EVERYWHERE)
 
+    @property
+    def gates(self) -> tuple[Any, ...]:
+        """The conditions that decide whether it acts; the engine reads their sites (`interp.core.gate`)."""
+        return ()
+
 
 _EVERYWHERE = Where()
 
@@ -148,6 +153,14 @@ class Add(Intervention):
         if not hasattr(self.vector, "sites"):
             _tensor("Add", "vector", self.vector)
         _finite("Add", "scale", self.scale)
+
+    @property
+    def may_do_nothing(self) -> bool:
+        """A scale of 0 is asked for on purpose, as where a sweep of doses begins."""
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            return scale.device.type == "cpu" and not bool(scale.any())  # a GPU would have to be waited for
+        return scale == 0
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x + scale · vector."""
