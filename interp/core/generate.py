@@ -10,7 +10,15 @@ from interp.core.attention import CURRENT
 from interp.core.engine import Forward
 from interp.core.errors import DataError, WhereError
 from interp.core.frame import Frame
-from interp.core.passes import check_places, frame_of, generation_frame, refuse_inside_block, write_notes
+from interp.core.passes import (
+    check_places,
+    decided_before,
+    frame_of,
+    gates_of,
+    generation_frame,
+    refuse_inside_block,
+    write_notes,
+)
 from interp.core.place import KEY_SITES
 from interp.core.plan import Plan
 from interp.core.run import Run
@@ -83,7 +91,7 @@ def generate_pass(
     prompt.shifts = shifts
     prompt.generating = True
     check_places(plan, prompt)
-    forward = Forward(plan, prompt)
+    forward = Forward(plan, prompt, decisions=decided_before(hm, tokens, plan, prompt))
     steps = _Steps(forward, prompt)
     arguments = _arguments(hm, tokens, max_new_tokens, temperature, use_cache) | generation_kwargs
     handles = [hm.model.register_forward_pre_hook(steps.before, with_kwargs=True)]
@@ -104,9 +112,11 @@ def generate_pass(
     notes = list(hm.notes_for(tokens))
     write_notes(plan, [forward], notes)
     values = {read: steps.stacked(read) for read in plan.reads}
-    return Generation(
+    made = Generation(
         values, tokens=ids, mask=_mask(tokens, ids, eos), prompt_length=tokens.ids.shape[1], notes=notes, hm=hm
     )
+    made.gates = gates_of(plan, [forward], made.notes)
+    return made
 
 
 def _check(max_new_tokens: int, temperature: float, extra: dict[str, Any], plan: Plan) -> None:

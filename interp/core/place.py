@@ -1,6 +1,7 @@
 """`Place`: one site in one forward pass, and how selections and values line up with its tensor."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Place:
     site: Site
     frame: Frame
     where: Where
+    decisions: Mapping[Any, Any] = field(default_factory=dict)
+    """What gates decided in this run; see `interp.core.gate`."""
 
     def columns(self, n: int) -> slice:
         """Which columns the site's position axis of length n covers."""
