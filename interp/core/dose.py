@@ -1,7 +1,7 @@
 """`Dose`: how much of a direction, in a unit that says what it means; and how large activations are along it."""
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -39,6 +39,7 @@ class Dose(NamedTuple):
         return dose
 
 
+@runtime_checkable
 class Steers(Protocol):
     """Whatever steers a model: a direction, a map, a clamped latent; one loop compares them all."""
 

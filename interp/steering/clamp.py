@@ -48,7 +48,7 @@ class ClampLatents(Intervention):
             raise ConfigError(f"mode={self.mode!r}: expected one of {', '.join(CLAMPS)}")
         if not isinstance(self.values, Mapping) or not self.values:
             raise ConfigError("give the latents that change, {latent: value}")
-        width = getattr(self.dictionary, "d_sae", None)
+        width = getattr(getattr(self.dictionary, "cfg", self.dictionary), "d_sae", None)
         for latent, value in self.values.items():
             if isinstance(latent, bool) or not isinstance(latent, int) or latent < 0:
                 raise ConfigError(f"latent {latent!r}: expected a whole number ≥ 0")
