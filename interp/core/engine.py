@@ -159,23 +159,23 @@ class Forward:
                 f"raised inside {type(edit).__name__} at {place.site.short}, activation {tuple(x.shape)} {x.dtype}"
             )
             raise
-        _check_edit(edit, place.site, x, new)
+        if type(new) is not Tensor or new.shape != x.shape or new.dtype != x.dtype or new.device != x.device:
+            _check_edit(edit, place.site, x, new)
         if chosen is not None:
             new = torch.where(chosen, new, x)
-        if edit.may_do_nothing:
+        seen = self.changed[number]
+        # One change is enough to know of; on a GPU nobody may wait for the answer.
+        if (seen is not None and seen.device.type == "cpu" and bool(seen)) or edit.may_do_nothing:
             return new
         with torch.no_grad():
             differs = (new != x).any()
-            seen = self.changed[number]
             self.changed[number] = differs if seen is None else seen | differs.to(seen.device)
         return new
 
     def _selects(self, place: Place, x: Tensor) -> bool:
         """Whether the selection holds anything in this forward; decided on the CPU."""
-        axis = place.site.axes.index("pos")
-        chosen = place.where.columns(self.frame)[:, place.columns(x.shape[axis])]
         src = place.where.src_columns(self.frame)
-        return bool(chosen.any()) and (src is None or bool(src.any()))
+        return place.covered(x.shape[place.site.axes.index("pos")])[1] and (src is None or bool(src.any()))
 
     def on_path(self, site: Site, x: Tensor) -> Tensor:
         """Keep a full tensor that the rest of the forward depends on, so that a gradient reaches it."""

@@ -164,7 +164,10 @@ class Add(Intervention):
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x + scale · vector."""
-        return x + place.per_row(self.scale, x, "Add") * place.fit(self.vector, x, "Add")
+        vector = place.fit(self.vector, x, "Add")
+        if isinstance(self.scale, float | int) and self.scale == 1:
+            return x + vector
+        return x + place.per_row(self.scale, x, "Add") * vector
 
 
 @dataclass(frozen=True, eq=False)

@@ -172,7 +172,7 @@ def fit_gate(
     gates = [_gate(condition, short, kind, reduce, rule) for short in shorts]
     parts = [(_scores(hm, part, gates), _labels(part)) for part in tokens.split(0.3, seed=seed)]
     (fit, y), (held, y_held) = parts
-    told = auroc(fit, y)
+    told = auroc(fit, y.expand_as(fit))
     above = told >= 0.5
     side = torch.where(above, 1.0, -1.0)[:, None].double()
     found = [best_threshold(row, y) for row in fit * side]
@@ -187,7 +187,7 @@ def fit_gate(
         f1=torch.tensor([f for _, f in found]),
         auroc=torch.where(above, told, 1 - told).float(),
         held_out_f1=torch.stack([_f1(row, y_held) for row in opened]).float(),
-        held_out_auroc=auroc(held * side, y_held).float(),
+        held_out_auroc=auroc(held * side, y_held.expand_as(held)).float(),
         curves={s: roc(row, y_held) for s, row in zip(shorts, held * side, strict=True)},
         kind=kind,
         reduce=reduce,
