@@ -95,7 +95,7 @@ def main() -> None:
     for name in options.only or known:
         with contextlib.redirect_stdout(sys.stderr):
             if name == "steered_generate":
-                found = generation_figures(5 if options.quick else 12, (1,) if options.quick else (1, 8))
+                found = generation_figures(5 if options.quick else 6, (1,) if options.quick else (1, 8))
             else:
                 found = importlib.import_module("steering_aie").aie_figures(quick=options.quick)
         figures |= found.figures

@@ -1,5 +1,6 @@
 """Generation with reads and edits at every step, under the model's own KV cache."""
 
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from interp.core.attention import CURRENT
 from interp.core.engine import Forward
 from interp.core.errors import DataError, WhereError
 from interp.core.frame import Frame
+from interp.core.intervention import Intervention
 from interp.core.passes import (
     check_places,
     decided_before,
@@ -82,6 +84,8 @@ def generate_pass(
 ) -> Generation:
     """Generate under a plan; arguments as for `HookManager.generate`."""
     refuse_inside_block(hm, "generate")
+    if hm.device.type != "cpu":
+        plan = replace(plan, writes=tuple(_sent(edit, hm.device) for edit in plan.writes))
     _check(max_new_tokens, temperature, generation_kwargs, plan)
     if tokens.position_ids is not None:
         raise DataError("packed documents cannot be continued; give generate one prompt per row")
@@ -117,6 +121,21 @@ def generate_pass(
     )
     made.gates = gates_of(plan, [forward], made.notes)
     return made
+
+
+def _sent(edit: Intervention, device: torch.device) -> Intervention:
+    """The edit with its vectors on the device, so that they are not sent there again at every step.
+
+    Numbers per row stay: whether they are all 0 is asked of them, and a device would have to be waited for.
+    """
+    moved: dict[str, Any] = {}
+    for entry in fields(edit):
+        value = getattr(edit, entry.name)
+        if isinstance(value, Intervention):
+            moved[entry.name] = _sent(value, device)
+        elif isinstance(value, Tensor) and entry.name not in ("scale", "angle"):
+            moved[entry.name] = value.to(device)
+    return replace(edit, **moved) if moved else edit
 
 
 def _check(max_new_tokens: int, temperature: float, extra: dict[str, Any], plan: Plan) -> None:

@@ -257,7 +257,11 @@ class Project(Intervention):
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x without the subspace."""
         place.needs_width(self.directions, x, "Project")
-        _, size, lines = torch.linalg.svd(self.directions.reshape(-1, x.shape[-1]).float(), full_matrices=False)
+        rows = self.directions.reshape(-1, x.shape[-1]).float()
+        if len(rows) == 1:  # steering does this at every step, and on a GPU a decomposition waits
+            u = (rows / rows.norm()).to(x.device, x.dtype)
+            return x - (x @ u.T) * u[0]
+        _, size, lines = torch.linalg.svd(rows, full_matrices=False)
         # Directions that depend on each other span less than their number: the rest of the basis is arbitrary.
         kept = size > size.max() * max(self.directions.shape) * torch.finfo(size.dtype).eps
         q = (lines * kept[:, None]).to(x.device, x.dtype)

@@ -16,6 +16,7 @@ from interp.steering.gate import GateFit, best_threshold, fit_gate, roc
 from interp.steering.measure import measure_direction
 from interp.testbed.tasks import task_pairs
 
+GOOD = "wonderful excellent lovely great perfect charming brilliant delightful superb pleasant".split()
 SITES = ["0.resid_post", "2.resid_post", "3.resid_post"]
 
 
@@ -26,7 +27,9 @@ def hm() -> HookManager:
 
 @pytest.fixture(scope="module")
 def data() -> Contrast:
-    return Contrast.of_pairs(task_pairs("sentiment", 40))
+    return Contrast.of_pairs(
+        task_pairs("sentiment", 60), positive=lambda pair: any(word in pair.clean.text for word in GOOD)
+    )
 
 
 def test_the_best_threshold_is_that_of_a_search_over_all() -> None:
