@@ -24,10 +24,21 @@ if TYPE_CHECKING:
 
     from interp.core.manager import HookManager
 
-__all__ = ["OPERATIONS", "UNITS", "Direction", "Dose", "SiteScale", "Steers", "measure_scale"]
+__all__ = ["OPERATIONS", "UNITS", "AddDirection", "Direction", "Dose", "SiteScale", "Steers", "measure_scale"]
 
 OPERATIONS = ("add", "ablate", "set")
 """add: x + c · v. ablate: x without its part along v. set: x with its coordinate along v set to c."""
+
+
+class AddDirection(Add):
+    """Add a dose of a direction; a dose of 0 is asked for on purpose, as where a sweep of doses begins."""
+
+    @property
+    def may_do_nothing(self) -> bool:
+        """Whether every row's dose is 0."""
+        if isinstance(self.scale, Tensor):
+            return self.scale.device.type == "cpu" and not bool(self.scale.any())  # a GPU would have to be waited for
+        return self.scale == 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -149,7 +160,7 @@ class Direction:
             if how == "add":
                 raw = amount.unit == "raw"
                 vector, scale = (v, amount.value) if raw else (self.unit(site), self._coefficient(site, amount))
-                made.append(Add(site, vector, scale=scale, where=place))
+                made.append(AddDirection(site, vector, scale=scale, where=place))
                 continue
             if v.ndim != 1:
                 raise SiteError(
@@ -274,9 +285,13 @@ class Direction:
             raise ShapeError(f"the two directions have shapes {shapes[0]} and {shapes[1]} at {site}")
 
     @overload
-    def unit(self) -> "Direction": ...
+    def unit(self) -> "Direction":
+        """Return the direction with vectors of length 1."""
+
     @overload
-    def unit(self, site: Site | str) -> Tensor: ...
+    def unit(self, site: Site | str) -> Tensor:
+        """Return the vector at a site with length 1."""
+
     def unit(self, site: Site | str | None = None) -> "Direction | Tensor":
         """Return the vector at a site with length 1; without a site, the direction with such vectors."""
         if site is not None:

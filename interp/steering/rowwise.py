@@ -88,7 +88,7 @@ def _together(edits: dict[int, Intervention], n: int) -> list[Intervention]:
 
 
 def _plain(edit: Intervention) -> bool:
-    if type(edit) is not Add or not isinstance(edit.vector, Tensor):
+    if not isinstance(edit, Add) or not isinstance(edit.vector, Tensor):
         return False
     one = not isinstance(edit.scale, Tensor) or edit.scale.ndim == 0
     site = Site(edit.site)

@@ -11,6 +11,7 @@ from interp.core.conditional import KeepNorm
 from interp.core.direction import Direction, Dose, SiteScale
 from interp.core.errors import ConfigError, DataError, InterpError, ShapeError
 from interp.core.intervention import Add
+from interp.core.run import Run
 from interp.core.where import Where
 from interp.dictionaries.options import DictionaryOptions
 from interp.steering.clamp import ClampLatents, LatentClamp, clamp_latents
@@ -37,8 +38,8 @@ def directions(name: str = "Llama") -> list[Direction]:
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2"])
 def test_each_row_is_steered_as_it_would_be_alone(name: str) -> None:
     hm, (a, b, gone, put), ids = manager(name), directions(name), tokens(6)
-    steers = [a, None, b, gone, put, [a, b]]
-    doses = [2.0, 1.0, Dose(-1.5, "sigma"), 1.0, Dose(0.5, "rms"), 3.0]
+    steers: list[Any] = [a, None, b, gone, put, [a, b]]
+    doses: list[Any] = [2.0, 1.0, Dose(-1.5, "sigma"), 1.0, Dose(0.5, "rms"), 3.0]
     out = hm.run(ids, write=rowwise(steers, doses))
     split = hm.run(ids, write=rowwise(steers, doses), batch_size=4)
     torch.testing.assert_close(out.logits, split.logits)
@@ -50,6 +51,11 @@ def test_each_row_is_steered_as_it_would_be_alone(name: str) -> None:
         assert torch.equal(out.logits[row], plain[row]) == (steer is None)
 
 
+def _ids(out: Run) -> Tensor:
+    assert out.tokens is not None
+    return out.tokens
+
+
 def test_rows_generate_as_they_would_alone() -> None:
     hm, (a, b, *_), ids = manager("Llama"), directions(), tokens(3, 5)
     where = Where.last_prompt() | Where.generated()
@@ -58,7 +64,7 @@ def test_rows_generate_as_they_would_alone() -> None:
     for row, steer in enumerate((a, b, None)):
         write = [] if steer is None else steer.as_interventions(3.0, where=where)
         alone = hm.generate(ids[row : row + 1], write=write, **extra)
-        assert alone.tokens[0].tolist() == out.tokens[row].tolist()
+        assert _ids(alone)[0].tolist() == _ids(out)[row].tolist()
         torch.testing.assert_close(alone[SITE][0], out[SITE][row], atol=1e-4, rtol=1e-4)
 
 
@@ -110,7 +116,7 @@ def test_wrapped_edits_are_made_for_their_row() -> None:
         (lambda: rowwise([None, None]), DataError),
         (lambda: rowwise([]), DataError),
         (lambda: rowwise(directions()[:1], where=Where(rows=0)), ConfigError),
-        (lambda: rowwise(directions()[:1], [torch.ones(1)]), ConfigError),
+        (lambda: rowwise(directions()[:1], [Dose(torch.ones(1))]), ConfigError),
         (lambda: manager("Llama").run(tokens(3), write=rowwise(directions()[:2])), ShapeError),
     ],
 )
@@ -155,7 +161,7 @@ def sae() -> Any:
 def test_a_clamp_adds_what_the_latents_change_stands_for_and_no_more(mode: str) -> None:
     hm, ids, dictionary = manager("Llama"), tokens(3), sae()
     x = hm.run(ids, read=[SITE])[SITE]
-    values = {5: 2.0, 9: torch.tensor([0.0, 1.0, -3.0])}
+    values: dict[int, Any] = {5: 2.0, 9: torch.tensor([0.0, 1.0, -3.0])}
     out = hm.run(ids, read=[SITE], write=clamp_latents(dictionary, values, SITE, mode=mode))[SITE]
     with torch.no_grad():
         z = dictionary.encode(x)

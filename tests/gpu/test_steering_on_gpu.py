@@ -8,6 +8,8 @@ import torch
 from interp.core.conditional import Gated, KeepNorm
 from interp.core.direction import Direction, Dose, SiteScale
 from interp.core.gate import Gate
+from interp.core.generate import _sent
+from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.where import Where
 from interp.steering.rowwise import rowwise
@@ -43,7 +45,7 @@ def test_gates_norms_and_rows_are_those_of_the_cpu(both: tuple[HookManager, Hook
     for once in ("prompt", "step"):
         gate = Gate("0.resid_post", d["1.resid_post"], once=once)
         late = Gate("2.resid_post", d["2.resid_post"])
-        write = [KeepNorm(Gated(e, gate)) for e in d.as_interventions(Dose(1.0, "rms"))]
+        write: list[Intervention] = [KeepNorm(Gated(e, gate)) for e in d.as_interventions(Dose(1.0, "rms"))]
         write += [Gated(e, late) for e in rowwise([d, None], 2.0)]
         found = [hm.generate(TEXTS, max_new_tokens=8, write=write, read=SITES) for hm in both]
         assert torch.equal(found[0].tokens.cpu(), found[1].tokens.cpu())  # type: ignore[union-attr]
@@ -56,7 +58,7 @@ def test_a_steered_step_does_not_wait_for_the_device(both: tuple[HookManager, Ho
     d, hm = direction(both[0]), both[1]
     ids = hm.to_tokens(TEXTS[0]).ids.cuda()
     write = d.as_interventions(2.0, where=Where())
-    on_device = [replace(e, vector=e.vector.cuda()) for e in write]  # type: ignore[attr-defined, type-var]
+    on_device = [_sent(e, hm.device) for e in write]
     if _waits(hm, ids):
         pytest.skip("the model itself waits for the device in its forward")
     with hm.hooked(write=on_device):

@@ -16,7 +16,8 @@ from interp.steering.gate import GateFit, best_threshold, fit_gate, roc
 from interp.steering.measure import measure_direction
 from interp.testbed.tasks import task_pairs
 
-GOOD = "wonderful excellent lovely great perfect charming brilliant delightful superb pleasant".split()
+GOOD = ("wonderful", "excellent", "lovely", "great", "perfect", "charming")
+GOOD += ("brilliant", "delightful", "superb", "pleasant")
 SITES = ["0.resid_post", "2.resid_post", "3.resid_post"]
 
 
@@ -28,7 +29,7 @@ def hm() -> HookManager:
 @pytest.fixture(scope="module")
 def data() -> Contrast:
     return Contrast.of_pairs(
-        task_pairs("sentiment", 60), positive=lambda pair: any(word in pair.clean.text for word in GOOD)
+        task_pairs("sentiment", 40), positive=lambda pair: any(word in pair.clean.text for word in GOOD)
     )
 
 
@@ -78,11 +79,11 @@ def test_a_condition_that_the_model_holds_is_told_on_rows_it_was_not_fitted_on(
 
 def test_labels_that_say_nothing_give_a_gate_that_tells_nothing(hm: HookManager, data: Contrast) -> None:
     told = []
-    for seed in range(4):
+    for seed in range(3):
         tokens = data.tokens(hm).shuffled(seed=seed)
         found = fit_gate(hm, tokens, fit_direction(hm, data, "0.resid_post"), reduce="last", seed=seed)
         told.append(float(found.held_out_auroc[0]))
-    assert sum(told) / 4 < 0.75
+    assert sum(told) / 3 < 0.75
 
 
 def test_the_side_of_a_condition_is_found(hm: HookManager, data: Contrast) -> None:
