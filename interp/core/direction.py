@@ -1,125 +1,44 @@
 """`Direction`: a vector at one or several sites, with everything that is needed to know what adding it means."""
 
-import json
+import html
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, overload
 
-from jaxtyping import Float
+import torch
 from torch import Tensor
 
-from interp.core.disk import atomic_write
-from interp.core.errors import ArtifactError, ConfigError, DataError, ModelError, ShapeError, SiteError, nearest
+from interp.core.direction_file import read_direction, write_direction
+from interp.core.dose import UNITS, Dose, SiteScale, Steers, measure_scale
+from interp.core.errors import ConfigError, DataError, ModelError, ShapeError, SiteError
 from interp.core.intervention import Add, Intervention, Project, SetProjection
 from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.core.where import Where
 
 if TYPE_CHECKING:
+    import pandas
+
     from interp.core.manager import HookManager
 
-__all__ = ["FORMAT", "OPERATIONS", "UNITS", "Direction", "Dose", "SiteScale", "Steers", "measure_scale"]
+__all__ = ["OPERATIONS", "UNITS", "AddDirection", "Direction", "Dose", "SiteScale", "Steers", "measure_scale"]
 
-FORMAT = 1
 OPERATIONS = ("add", "ablate", "set")
 """add: x + c · v. ablate: x without its part along v. set: x with its coordinate along v set to c."""
 
-UNITS = ("raw", "rms", "sigma", "gap", "largest")
-"""What a dose of 1 is: the vector as fitted; or along the unit vector, the root mean square norm of the activation, the
-standard deviation of its projection, the distance between the projections' means of the two classes, or the largest
-projection (the max-activation of AxBench)."""
 
+class AddDirection(Add):
+    """Add a dose of a direction; a dose of 0 is asked for on purpose, as where a sweep of doses begins."""
 
-class Dose(NamedTuple):
-    """How much of a direction: a number, or one per row [batch], in a unit of `UNITS`."""
-
-    value: float | Tensor = 1.0
-    unit: str = "raw"
-
-    @classmethod
-    def of(cls, given: "float | Tensor | Dose") -> "Dose":
-        """Return a dose; plain numbers are raw."""
-        dose = given if isinstance(given, Dose) else cls(given)
-        if dose.unit not in UNITS:
-            raise ConfigError(
-                f"unit={dose.unit!r}: {nearest(dose.unit, UNITS) or 'expected one of ' + ', '.join(UNITS)}"
-            )
-        if isinstance(dose.value, bool) or not isinstance(dose.value, int | float | Tensor):
-            raise ConfigError(f"a dose is a number or one per row [batch], got {type(dose.value).__name__}")
-        return dose
-
-
-@runtime_checkable
-class Steers(Protocol):
-    """Whatever steers a model: a direction, a map, a clamped latent; one loop compares them all."""
-
-    def as_interventions(
-        self, dose: "float | Tensor | Dose" = 1.0, *, where: Where | None = None
-    ) -> list[Intervention]:
-        """Return the edits that steer with this dose."""
-        ...
-
-
-class SiteScale(NamedTuple):
-    """How large activations are along a direction, over the examples of its fit.
-
-    Attributes:
-        rms: root mean square norm of the activation.
-        sigma: standard deviation of its projection on the unit vector.
-        positive: mean projection of the examples with the concept; NaN where there are no classes.
-        negative: the same of those without it.
-        largest: largest projection.
-    """
-
-    rms: float
-    sigma: float
-    positive: float = math.nan
-    negative: float = math.nan
-    largest: float = math.nan
-
-    def factor(self, unit: str, norm: float) -> float:
-        """Return what a unit vector is multiplied by for a dose of 1; `norm` is the fitted vector's own."""
-        gap = self.positive - self.negative
-        known = {"raw": norm, "rms": self.rms, "sigma": self.sigma, "gap": gap, "largest": self.largest}
-        return known[unit]
-
-
-def measure_scale(
-    x: Float[Tensor, "n *features"],
-    vector: Float[Tensor, "*features"],
-    *,
-    positive: Tensor | None = None,
-) -> SiteScale:
-    """Return the scale of activations along a vector.
-
-    Args:
-        x: activations of the fit.
-        vector: the direction; its length does not matter.
-        positive: bool [n], which examples have the concept; None where there are no classes.
-
-    Raises:
-        ShapeError: a vector of another shape.
-        DataError: a zero vector, which is no direction.
-    """
-    if x.shape[1:] != vector.shape:
-        raise ShapeError(f"activations {tuple(x.shape)} and vector {tuple(vector.shape)} have different features")
-    flat, v = x.reshape(len(x), -1).double(), vector.reshape(-1).double().to(x.device)
-    if not float(v.norm()) > 0:
-        raise DataError("the vector is zero, so it is no direction")
-    along = flat @ (v / v.norm())
-    ends = [math.nan, math.nan]
-    if positive is not None and bool(positive.any()) and not bool(positive.all()):
-        ends = [float(along[positive].mean()), float(along[~positive].mean())]
-    return SiteScale(
-        rms=float(flat.square().sum(1).mean().sqrt()),
-        sigma=float(along.std(unbiased=False)),
-        positive=ends[0],
-        negative=ends[1],
-        largest=float(along.max()),
-    )
+    @property
+    def may_do_nothing(self) -> bool:
+        """Whether every row's dose is 0."""
+        if isinstance(self.scale, Tensor):
+            return self.scale.device.type == "cpu" and not bool(self.scale.any())  # a GPU would have to be waited for
+        return self.scale == 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -163,6 +82,12 @@ class Direction:
         held = {}
         for given, vector in self.vectors.items():
             site = Site(given)
+            if site.where is not None:
+                raise SiteError(f"{given!r}: a direction is of a whole site; say where it acts in as_interventions")
+            if site.axes[1] != "pos":
+                raise SiteError(f"{site.short} has no vector a position; its axes are {' '.join(site.axes)}")
+            if site.short in held:
+                raise SiteError(f"two vectors are given for {site.short}; give one")
             if not isinstance(vector, Tensor) or not vector.is_floating_point():
                 raise ShapeError(f"the vector at {site.short} is {type(vector).__name__}; expected a floating tensor")
             v = vector.detach().float().cpu().clone()
@@ -214,7 +139,8 @@ class Direction:
 
         Args:
             dose: how much; a plain number is in units of the fitted vector, `Dose(2, "sigma")` in those of its fit. One
-                per row [batch] steers each row by its own. Ablation takes no dose.
+                per row [batch] steers each row by its own. Ablation takes no dose; "set" puts the coordinate along the
+                unit vector there.
             where: the positions it acts on; every non-pad position by default, prompt and generated ones alike.
             operation: one of `OPERATIONS`; the direction's own by default.
 
@@ -232,7 +158,9 @@ class Direction:
         made: list[Intervention] = []
         for site, v in self.vectors.items():
             if how == "add":
-                made.append(Add(site, self.unit(site), scale=self._coefficient(site, amount), where=place))
+                raw = amount.unit == "raw"
+                vector, scale = (v, amount.value) if raw else (self.unit(site), self._coefficient(site, amount))
+                made.append(AddDirection(site, vector, scale=scale, where=place))
                 continue
             if v.ndim != 1:
                 raise SiteError(
@@ -244,11 +172,6 @@ class Direction:
                 made.append(SetProjection(site, v, value=self._coefficient(site, amount), where=place))
         return made
 
-    def unit(self, site: Site | str) -> Tensor:
-        """Return the vector at a site with length 1."""
-        v = self[site]
-        return v / v.norm()
-
     def _coefficient(self, site: str, dose: Dose) -> float | Tensor:
         """What the unit vector is multiplied by."""
         if dose.unit == "raw":
@@ -257,7 +180,7 @@ class Direction:
             if site not in self.scale:
                 raise ConfigError(
                     f"unit {dose.unit!r} needs what the fit measured at {site}, and this direction has no scale there; "
-                    "give a raw dose, or fit it on examples"
+                    "give a raw dose, or measure it on examples (interp.steering.measure_direction)"
                 )
             factor = self.scale[site].factor(dose.unit, float(self.vectors[site].norm()))
             if not math.isfinite(factor):
@@ -284,23 +207,227 @@ class Direction:
                 f"({kinds[1]}, config {given}); fit one on it"
             )
 
-    # -- comparing ----------------------------------------------------------------------------------------------
+    # -- algebra ------------------------------------------------------------------------------------------------
+
+    def __add__(self, other: "Direction") -> "Direction":
+        return self._joined(other, 1.0) if isinstance(other, Direction) else NotImplemented
+
+    def __sub__(self, other: "Direction") -> "Direction":
+        return self._joined(other, -1.0) if isinstance(other, Direction) else NotImplemented
+
+    def __neg__(self) -> "Direction":
+        return -1.0 * self
+
+    def __mul__(self, factor: int | float) -> "Direction":
+        """Return the direction with longer or shorter vectors; a negative factor turns it round."""
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        if not math.isfinite(factor) or factor == 0:
+            raise ConfigError(f"a direction times {factor} is no direction; give a finite number that is not 0")
+        scale = self.scale if factor > 0 else {s: v.reversed() for s, v in self.scale.items()}
+        return replace(self, vectors={s: v * factor for s, v in self.vectors.items()}, scale=scale, stats={})
+
+    def __rmul__(self, factor: int | float) -> "Direction":
+        return self.__mul__(factor)
+
+    def __truediv__(self, factor: int | float) -> "Direction":
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            return NotImplemented
+        if factor == 0:
+            raise ConfigError("a direction divided by 0 is no direction; give another number")
+        return self.__mul__(1 / factor)
+
+    def _joined(self, other: "Direction", sign: float) -> "Direction":
+        """The sum where both have a vector; elsewhere the vector that is there."""
+        self._refuse_another_model(other)
+        if self.operation != other.operation:
+            raise ConfigError(
+                f"{self.name!r} is meant to {self.operation} and {other.name!r} to {other.operation}; make both the "
+                "same with dataclasses.replace(direction, operation=…)"
+            )
+        turned = other if sign > 0 else -other
+        vectors, scale = {**turned.vectors, **self.vectors}, {**turned.scale, **self.scale}
+        for site in [s for s in self.sites if s in turned.vectors]:
+            self._same_shape(turned, site)
+            vectors[site] = self[site] + turned[site]
+            scale.pop(site, None)  # how large activations are along the sum has not been measured
+            if not bool((vectors[site] != 0).any()):
+                raise DataError(
+                    f"the two directions cancel at {site}, which leaves none there; leave it out with .at(…)"
+                )
+        ordered = sorted(vectors, key=lambda s: Site(s))
+        word = "+" if sign > 0 else "-"
+        return replace(
+            self,
+            vectors={s: vectors[s] for s in ordered},
+            method=f"{self.method} {word} {other.method}",
+            model=replace(self.model, data_hash=None, seed=None, settings={}),
+            read_at=self.read_at if self.read_at == other.read_at else "",
+            scale=scale,
+            stats={},
+            name=f"{self.name} {word} {other.name}",
+            notes=tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
+
+    def _refuse_another_model(self, other: "Direction") -> None:
+        own, theirs = self.model, other.model
+        known = own.config_hash is not None and theirs.config_hash is not None
+        if (known and own.config_hash != theirs.config_hash) or self.folded != other.folded:
+            kinds = ["folded" if f else "raw" for f in (self.folded, other.folded)]
+            raise ModelError(
+                f"{self.name!r} is of {own.model!r} ({kinds[0]}) and {other.name!r} of {theirs.model!r} ({kinds[1]}): "
+                "their spaces have nothing to do with each other"
+            )
+
+    def _same_shape(self, other: "Direction", site: str) -> None:
+        if self[site].shape != other[site].shape:
+            shapes = tuple(self[site].shape), tuple(other[site].shape)
+            raise ShapeError(f"the two directions have shapes {shapes[0]} and {shapes[1]} at {site}")
+
+    @overload
+    def unit(self) -> "Direction":
+        """Return the direction with vectors of length 1."""
+
+    @overload
+    def unit(self, site: Site | str) -> Tensor:
+        """Return the vector at a site with length 1."""
+
+    def unit(self, site: Site | str | None = None) -> "Direction | Tensor":
+        """Return the vector at a site with length 1; without a site, the direction with such vectors."""
+        if site is not None:
+            v = self[site]
+            return v / v.norm()
+        return self.matched(1.0)
+
+    def matched(self, norm: "int | float | Direction") -> "Direction":
+        """Return the direction with the lengths of another, or with one length at every site.
+
+        Args:
+            norm: a length > 0, in units of the activation, or a direction with vectors at all of these sites.
+
+        Raises:
+            ConfigError: a length that is not above 0.
+            SiteError: the other one lacks a site.
+
+        Source: CAA (Panickssery et al. 2024, arXiv 2312.06681, §3) gives the vectors of all behaviours at a layer one
+        norm, so that multipliers compare.
+        """
+        if isinstance(norm, Direction):
+            lengths = {s: float(norm[s].norm()) for s in self.sites}
+        else:
+            if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
+                raise ConfigError(f"a length is a number above 0, got {norm!r}")
+            lengths = dict.fromkeys(self.sites, float(norm))
+        return replace(self, vectors={s: v / v.norm() * lengths[s] for s, v in self.vectors.items()}, stats={})
+
+    def orthogonal_to(self, others: "Direction | Sequence[Direction]") -> "Direction":
+        """Return what is left of the direction outside the span of others, site by site.
+
+        Sites that no other has stay as they are. What was measured along a changed vector is dropped.
+
+        Raises:
+            SiteError: none of the others has one of these sites.
+            DataError: nothing is left at a site.
+            ModelError: directions of different models.
+        """
+        given = [others] if isinstance(others, Direction) else list(others)
+        vectors, changed = dict(self.vectors), []
+        for site, v in self.vectors.items():
+            here = [o for o in given if site in o.vectors]
+            if not here:
+                continue
+            for other in here:
+                self._refuse_another_model(other)
+                self._same_shape(other, site)
+            span = torch.stack([o.unit(site).flatten().double() for o in here])
+            _, size, rows = torch.linalg.svd(span, full_matrices=False)
+            q = rows[size > size.max() * 1e-6]
+            flat = v.flatten().double()
+            left = flat - (flat @ q.T) @ q
+            if float(left.norm()) < 1e-5 * float(flat.norm()):
+                names = ", ".join(o.name for o in here)
+                raise DataError(f"{self.name!r} lies in the span of {names} at {site}: nothing is left there")
+            vectors[site] = left.reshape(v.shape).float()
+            changed.append(site)
+        if not changed:
+            raise SiteError(f"none of the others has a vector at {', '.join(self.sites)}")
+        note = f"without its part along {', '.join(o.name for o in given)} at {', '.join(changed)}"
+        return replace(
+            self,
+            vectors=vectors,
+            scale={s: v for s, v in self.scale.items() if s not in changed},
+            stats={},
+            notes=(*self.notes, note),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        hm: "HookManager",
+        vectors: Mapping[str, Tensor],
+        *,
+        operation: str = "add",
+        name: str = "direction",
+        method: str = "given",
+    ) -> "Direction":
+        """Return a direction made of tensors that you have.
+
+        Args:
+            hm: the model that they belong to.
+            vectors: site name → vector in the site's features ([d_model], or [n_heads d_head], …).
+            operation: one of `OPERATIONS`.
+            name: what it stands for.
+            method: how it was found.
+
+        Raises:
+            SiteError: a site that the model lacks.
+            ShapeError: a vector of another shape, or that is NaN, infinite or zero.
+        """
+        made = cls(vectors, method, Provenance.of(hm), operation=operation, name=name, folded=hm.is_folded)
+        for site, v in made.vectors.items():
+            expected = tuple(hm.atlas.shape(Site(site))[2:])
+            if all(isinstance(n, int) for n in expected) and tuple(v.shape) != expected:
+                raise ShapeError(f"the vector at {site} is {tuple(v.shape)}; this model has {expected} there")
+        return made
+
+    # -- looking ------------------------------------------------------------------------------------------------
 
     def cosine(self, other: "Direction") -> dict[str, float]:
         """Return the cosine with another direction at each site that both have.
 
         Raises:
             SiteError: no site in common.
+            ModelError: directions of different models.
         """
+        self._refuse_another_model(other)
         both = [s for s in self.sites if s in other.vectors]
         if not both:
             raise SiteError(f"the directions share no site: {', '.join(self.sites)} and {', '.join(other.sites)}")
-        return {s: float(self.unit(s).flatten().double() @ other.unit(s).flatten().double()) for s in both}
+        for site in both:
+            self._same_shape(other, site)
+        flat = {s: (self[s].flatten().double(), other[s].flatten().double()) for s in both}
+        return {s: float(a @ b / (a.norm() * b.norm())) for s, (a, b) in flat.items()}
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Return one row per site: the vector's length, what was measured along it, and the figures of its fit."""
+        import pandas
+
+        rows = []
+        for site, v in self.vectors.items():
+            scale = self.scale.get(site, SiteScale(math.nan, math.nan))
+            held = {"gap": abs(scale.positive - scale.negative), **self.stats.get(site, {})}
+            rows.append({"site": site, "layer": Site(site).layer, "norm": float(v.norm()), **scale._asdict(), **held})
+        return pandas.DataFrame(rows)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{s} {list(v.shape)}" for s, v in list(self.vectors.items())[:4])
         more = ", …" if len(self.vectors) > 4 else ""
         return f"Direction({self.name!r}, {self.method}, {self.operation}, {shapes}{more}; of {self.model.model!r})"
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().to_html(index=False, float_format=lambda x: f"{x:.4g}", border=0, na_rep="")
+        said = "".join(f"<br>{html.escape(note)}" for note in self.notes)
+        return f"<div><b>{html.escape(repr(self))}</b>{said}{table}</div>"
 
     # -- on disk ------------------------------------------------------------------------------------------------
 
@@ -314,30 +441,8 @@ class Direction:
         Raises:
             ArtifactError: a file is there.
         """
-        from safetensors.torch import save
-
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise ArtifactError(f"{target} is there already; pass overwrite=True to replace it, or choose another path")
-        record = {
-            "format": FORMAT,
-            "method": self.method,
-            "model": asdict(self.model),
-            "operation": self.operation,
-            "read_at": self.read_at,
-            "scale": {s: [None if math.isnan(v) else v for v in scale] for s, scale in self.scale.items()},
-            "stats": {
-                s: {k: (None if math.isnan(v) else v) for k, v in held.items()} for s, held in self.stats.items()
-            },
-            "name": self.name,
-            "folded": self.folded,
-            "notes": list(self.notes),
-            "sites": list(self.vectors),
-        }
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        return atomic_write(
-            target, save({s: v.contiguous() for s, v in self.vectors.items()}, {"interp.direction": text})
-        )
+        record = {f: getattr(self, f) for f in _SAVED}
+        return write_direction(Path(path), self.vectors, record, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Direction":
@@ -346,30 +451,7 @@ class Direction:
         Raises:
             ArtifactError: no such file, a damaged one, or one of another kind or format.
         """
-        from safetensors import SafetensorError, safe_open
+        return read_direction(path, lambda held: cls(**held))
 
-        try:
-            with safe_open(str(path), "pt") as file:
-                record = json.loads((file.metadata() or {}).get("interp.direction", "null"))
-                if not isinstance(record, dict) or record.get("format") != FORMAT:
-                    raise ArtifactError(
-                        f"{path} holds no direction of format {FORMAT}; give the file that save() wrote"
-                    )
-                vectors = {site: file.get_tensor(site) for site in record["sites"]}
-            nan = math.nan
-            return cls(
-                vectors=vectors,
-                method=record["method"],
-                model=Provenance(**record["model"]),
-                operation=record["operation"],
-                read_at=record["read_at"],
-                scale={s: SiteScale(*(nan if v is None else v for v in held)) for s, held in record["scale"].items()},
-                stats={s: {k: nan if v is None else v for k, v in held.items()} for s, held in record["stats"].items()},
-                name=record["name"],
-                folded=record["folded"],
-                notes=tuple(record["notes"]),
-            )
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
-            raise ArtifactError(
-                f"{path} cannot be read as a direction ({err}); give the file that save() wrote"
-            ) from err
+
+_SAVED = ("method", "model", "operation", "read_at", "scale", "stats", "name", "folded", "notes")

@@ -41,6 +41,7 @@ class _Work:
     point: Point
     reads: list[Site]
     edits: list[tuple[int, Intervention]]
+    gates: list[Any] = field(default_factory=list)
 
     def query_rows(self) -> Tensor | None:
         """The columns of a pattern that are read, if only some are and nothing needs the rest."""
@@ -60,6 +61,8 @@ class _Work:
     def visit(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Make the edits in list order, then the reads; return the tensor that the model goes on with."""
         site, forward = self.point.site, self.forward
+        for gate in self.gates:
+            forward.decisions[gate] = gate.decide(x, forward.frame, forward.decisions.get(gate))
         x = self._edited(x, after_reads=False)
         if forward.differentiate and self.reads:
             x = forward.on_path(site, x)
@@ -77,7 +80,7 @@ class _Work:
         site, forward = self.point.site, self.forward
         for number, edit in self.edits:
             if edit.after_reads == after_reads:
-                x = forward.edit(number, edit, Place(site, forward.frame, edit.selection), x)
+                x = forward.edit(number, edit, Place(site, forward.frame, edit.selection, forward.decisions), x)
         return x
 
     @property
@@ -117,6 +120,8 @@ class Forward:
     waiting: set[tuple[str, int | None]] = field(default_factory=set, init=False)
     modes: list[InsideTap] = field(default_factory=list, init=False)
     sent: set[torch.device] = field(default_factory=set, init=False)
+    decisions: dict[Any, Any] = field(default_factory=dict)
+    """What each gate decided (`interp.core.gate`), the late ones beforehand."""
 
     def __post_init__(self) -> None:
         self.changed = [None] * len(self.plan.writes)
@@ -128,6 +133,8 @@ class Forward:
             work[read.key].reads.append(read)
         for number, edit in enumerate(self.plan.writes):
             work[Site(edit.site).key].edits.append((number, edit))
+        for gate in self.plan.gates:
+            work[Site(gate.site).key].gates.append(gate)
         self.work = work
 
     @property
@@ -152,23 +159,23 @@ class Forward:
                 f"raised inside {type(edit).__name__} at {place.site.short}, activation {tuple(x.shape)} {x.dtype}"
             )
             raise
-        _check_edit(edit, place.site, x, new)
+        if type(new) is not Tensor or new.shape != x.shape or new.dtype != x.dtype or new.device != x.device:
+            _check_edit(edit, place.site, x, new)
         if chosen is not None:
             new = torch.where(chosen, new, x)
-        if edit.may_do_nothing:
+        seen = self.changed[number]
+        # One change is enough to know of; on a GPU nobody may wait for the answer.
+        if (seen is not None and seen.device.type == "cpu" and bool(seen)) or edit.may_do_nothing:
             return new
         with torch.no_grad():
             differs = (new != x).any()
-            seen = self.changed[number]
             self.changed[number] = differs if seen is None else seen | differs.to(seen.device)
         return new
 
     def _selects(self, place: Place, x: Tensor) -> bool:
         """Whether the selection holds anything in this forward; decided on the CPU."""
-        axis = place.site.axes.index("pos")
-        chosen = place.where.columns(self.frame)[:, place.columns(x.shape[axis])]
         src = place.where.src_columns(self.frame)
-        return bool(chosen.any()) and (src is None or bool(src.any()))
+        return place.covered(x.shape[place.site.axes.index("pos")])[1] and (src is None or bool(src.any()))
 
     def on_path(self, site: Site, x: Tensor) -> Tensor:
         """Keep a full tensor that the rest of the forward depends on, so that a gradient reaches it."""

@@ -1,5 +1,6 @@
 """Generation with reads and edits at every step, under the model's own KV cache."""
 
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,16 @@ from interp.core.attention import CURRENT
 from interp.core.engine import Forward
 from interp.core.errors import DataError, WhereError
 from interp.core.frame import Frame
-from interp.core.passes import check_places, frame_of, generation_frame, refuse_inside_block, write_notes
+from interp.core.intervention import Intervention
+from interp.core.passes import (
+    check_places,
+    decided_before,
+    frame_of,
+    gates_of,
+    generation_frame,
+    refuse_inside_block,
+    write_notes,
+)
 from interp.core.place import KEY_SITES
 from interp.core.plan import Plan
 from interp.core.run import Run
@@ -74,6 +84,8 @@ def generate_pass(
 ) -> Generation:
     """Generate under a plan; arguments as for `HookManager.generate`."""
     refuse_inside_block(hm, "generate")
+    if hm.device.type != "cpu":
+        plan = replace(plan, writes=tuple(_sent(edit, hm.device) for edit in plan.writes))
     _check(max_new_tokens, temperature, generation_kwargs, plan)
     if tokens.position_ids is not None:
         raise DataError("packed documents cannot be continued; give generate one prompt per row")
@@ -83,7 +95,7 @@ def generate_pass(
     prompt.shifts = shifts
     prompt.generating = True
     check_places(plan, prompt)
-    forward = Forward(plan, prompt)
+    forward = Forward(plan, prompt, decisions=decided_before(hm, tokens, plan, prompt))
     steps = _Steps(forward, prompt)
     arguments = _arguments(hm, tokens, max_new_tokens, temperature, use_cache) | generation_kwargs
     handles = [hm.model.register_forward_pre_hook(steps.before, with_kwargs=True)]
@@ -104,9 +116,26 @@ def generate_pass(
     notes = list(hm.notes_for(tokens))
     write_notes(plan, [forward], notes)
     values = {read: steps.stacked(read) for read in plan.reads}
-    return Generation(
+    made = Generation(
         values, tokens=ids, mask=_mask(tokens, ids, eos), prompt_length=tokens.ids.shape[1], notes=notes, hm=hm
     )
+    made.gates = gates_of(plan, [forward], made.notes)
+    return made
+
+
+def _sent(edit: Intervention, device: torch.device) -> Intervention:
+    """The edit with its vectors on the device, so that they are not sent there again at every step.
+
+    Numbers per row stay: whether they are all 0 is asked of them, and a device would have to be waited for.
+    """
+    moved: dict[str, Any] = {}
+    for entry in fields(edit):
+        value = getattr(edit, entry.name)
+        if isinstance(value, Intervention):
+            moved[entry.name] = _sent(value, device)
+        elif isinstance(value, Tensor) and entry.name not in ("scale", "angle"):
+            moved[entry.name] = value.to(device)
+    return replace(edit, **moved) if moved else edit
 
 
 def _check(max_new_tokens: int, temperature: float, extra: dict[str, Any], plan: Plan) -> None:

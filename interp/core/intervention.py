@@ -99,6 +99,11 @@ class Intervention:
         """Where this edit acts."""
         return getattr(self, "where", _EVERYWHERE)
 
+    @property
+    def gates(self) -> tuple[Any, ...]:
+        """The conditions that decide whether it acts; the engine reads their sites (`interp.core.gate`)."""
+        return ()
+
 
 _EVERYWHERE = Where()
 
@@ -151,7 +156,10 @@ class Add(Intervention):
 
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x + scale · vector."""
-        return x + place.per_row(self.scale, x, "Add") * place.fit(self.vector, x, "Add")
+        vector = place.fit(self.vector, x, "Add")
+        if isinstance(self.scale, float | int) and self.scale == 1:
+            return x + vector
+        return x + place.per_row(self.scale, x, "Add") * vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +249,11 @@ class Project(Intervention):
     def edit(self, x: Tensor, place: Place) -> Tensor:
         """Return x without the subspace."""
         place.needs_width(self.directions, x, "Project")
-        _, size, lines = torch.linalg.svd(self.directions.reshape(-1, x.shape[-1]).float(), full_matrices=False)
+        rows = self.directions.reshape(-1, x.shape[-1]).float()
+        if len(rows) == 1:  # steering does this at every step, and on a GPU a decomposition waits
+            u = (rows / rows.norm()).to(x.device, x.dtype)
+            return x - (x @ u.T) * u[0]
+        _, size, lines = torch.linalg.svd(rows, full_matrices=False)
         # Directions that depend on each other span less than their number: the rest of the basis is arbitrary.
         kept = size > size.max() * max(self.directions.shape) * torch.finfo(size.dtype).eps
         q = (lines * kept[:, None]).to(x.device, x.dtype)

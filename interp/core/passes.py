@@ -14,6 +14,7 @@ from interp.core.attention import CURRENT
 from interp.core.engine import Forward
 from interp.core.errors import DataError, HookError, InterpError, ModelError, ShapeError, WhereError
 from interp.core.frame import Frame
+from interp.core.gate import Decision
 from interp.core.intervention import Intervention
 from interp.core.plan import Plan
 from interp.core.run import Run
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Caller",
     "check_places",
+    "decided_before",
     "frame_of",
+    "gates_of",
     "generation_frame",
     "hooked_pass",
     "logits_to_keep",
@@ -122,7 +125,7 @@ def run_pass(
     """Run a batch, in parts if it is larger than `batch_size` or than memory, and return what was asked."""
     refuse_inside_block(hm, "run")
     n, notes, size = len(tokens), list(hm.notes_for(tokens)), batch_size or len(tokens)
-    if plan.restricted:
+    if plan.restricted or plan.gates or plan.late:
         check_places(plan, frame_of(tokens, 0, n))
     whole_batch = next((e for e in plan.writes if e.needs_whole_batch), None)
     if size < n and whole_batch is not None:
@@ -164,7 +167,7 @@ def run_pass(
         notes.extend(f"the metric does not depend on {s!r}: its gradient is zero" for s in unused)
         if to is not None:
             values, gradients = ({s: v.to(to) for s, v in found.items()} for found in (values, gradients))
-    return Run(
+    run = Run(
         values,
         tokens=tokens.ids,
         mask=tokens.mask,
@@ -174,6 +177,8 @@ def run_pass(
         notes=notes,
         hm=hm,
     )
+    run.gates = gates_of(plan, forwards, run.notes)
+    return run
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -202,6 +207,7 @@ def _part(
         differentiate=grad is not None,
         to=to,
         embedding=hm.embedding,
+        decisions=decided_before(hm, tokens, plan, frame),
     )
     with torch.set_grad_enabled(grad is not None):
         with forward.attached(hm.model):
@@ -211,6 +217,35 @@ def _part(
     if out is not None:
         out = out.detach() if to is None else out.detach().to(to)
     return forward, out, found
+
+
+def decided_before(hm: "HookManager", tokens: Tokens, plan: Plan, frame: Frame) -> dict[Any, Any]:
+    """Return what the gates that are read after their edits say of the prompt, from a forward without those edits."""
+    if not plan.late:
+        return {}
+    prompt = frame if not frame.generating else frame_of(tokens, frame.row0, frame.batch)
+    forward = Forward(plan.deciding(hm.atlas), prompt, stop=True)
+    ids, mask, positions = model_inputs(hm, tokens, prompt)
+    with torch.no_grad(), forward.attached(hm.model):
+        forward.run(lambda: hm.caller(ids, mask=mask, position_ids=positions, keep=None))
+    return forward.decisions
+
+
+def gates_of(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> dict[Any, Decision]:
+    """Return what each gate decided, the parts of a batch joined, and note in how many rows it was open."""
+    found = {}
+    for gate in (*plan.gates, *plan.late):
+        parts = [f.decisions[gate] for f in forwards]
+        columns = [p.columns() for p in parts]
+        whole = Decision(_joined([p.score for p in parts]), _joined([p.open for p in parts]))
+        whole.positions = _joined(columns) if columns[0] is not None else None
+        found[gate] = whole
+        site, n = Site(gate.site).short, len(whole.open)
+        said = f"open in {int(whole.open.sum())} of {n} rows"
+        if whole.positions is not None:
+            said = f"open at {int(whole.positions.sum())} of {whole.positions.numel()} positions"
+        notes.append(f"gate at {site} ({gate.kind}, {gate.reduce}, once a {gate.once}): {said}")
+    return found
 
 
 def check_places(plan: Plan, frame: Frame) -> None:
@@ -225,6 +260,8 @@ def check_places(plan: Plan, frame: Frame) -> None:
             selected = where.columns(frame)
             if not frame.generating and not bool(selected.any()):
                 raise WhereError(_selects_nothing(edit))
+    for gate in (*plan.gates, *plan.late):
+        gate.chosen(frame)
     for read in plan.reads:
         if read.where is not None and read.where.pos is not None and not read.where.flattens:
             read.where.read_columns(frame)
@@ -336,6 +373,11 @@ def write_notes(plan: Plan, forwards: Sequence[Forward], notes: list[str]) -> No
 @contextmanager
 def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
     """Attach a plan to the forwards that the caller makes; the run holds the latest one's reads."""
+    if plan.late:
+        raise HookError(
+            f"the gate at {Site(plan.late[0].site).short} comes after its edit: the prompt has to be run before; "
+            "hooked() cannot do that: use run or generate, or an earlier site"
+        )
     frame = Frame(ids=None, mask=None, batch=1, length=1, prompt_length=1)
     forward = Forward(plan, frame, detach=False, block_of=hm.model)
     values: dict[Site, Tensor] = {}
@@ -356,6 +398,7 @@ def hooked_pass(hm: "HookManager", plan: Plan) -> Iterator[Run]:
         forward.check_fired()
         values.clear()
         values.update({s: forward.results[s][-1] for s in plan.reads})
+        run.gates = dict(forward.decisions)
         run._logits = getattr(output, "logits", None)
         run.mask = forward.frame.known_mask() if forward.frame.lazy_mask is None else None
 

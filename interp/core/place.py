@@ -1,6 +1,7 @@
 """`Place`: one site in one forward pass, and how selections and values line up with its tensor."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Place:
     site: Site
     frame: Frame
     where: Where
+    decisions: Mapping[Any, Any] = field(default_factory=dict)
+    """What gates decided in this run; see `interp.core.gate`."""
 
     def columns(self, n: int) -> slice:
         """Which columns the site's position axis of length n covers."""
@@ -44,10 +47,9 @@ class Place:
         """
         axes, frame, where = self.site.axes, self.frame, self.where
         heads = self._heads(x)
-        free = not where.selects_positions and not where.selects_rows and where.src is None and heads is None
-        if free and not frame.padded:
+        chosen, _, everything = self.covered(x.shape[axes.index("pos")])
+        if everything and where.src is None and heads is None:
             return None
-        chosen = where.columns(frame)[:, self.columns(x.shape[axes.index("pos")])]
         shape = [1] * x.ndim
         shape[0], shape[axes.index("pos")] = chosen.shape
         mask = chosen.reshape(shape)
@@ -66,6 +68,19 @@ class Place:
             mask = mask & src.reshape(src.shape[0], *[1] * (x.ndim - 2), src.shape[1])
         return mask.to(x.device, non_blocking=True)
 
+    def covered(self, n: int) -> tuple[Bool[Tensor, "batch pos"], bool, bool]:
+        """Return which of the site's n positions are selected, whether any is, and whether all are.
+
+        Decided on the CPU, once a forward for all sites that share the selection.
+        """
+        columns, where, frame = self.columns(n), self.where, self.frame
+
+        def find() -> tuple[Tensor, bool, bool]:
+            chosen = where.columns(frame)[:, columns]
+            return chosen, bool(chosen.any()), bool(chosen.all())
+
+        return frame.memo(("covered", columns.start, columns.stop, where), find)
+
     def _head_axis(self) -> int:
         return next(i for i, axis in enumerate(self.site.axes) if axis in ("n_heads", "n_kv_heads"))
 
@@ -80,6 +95,9 @@ class Place:
         """
         if not isinstance(value, Tensor):
             value = value[Site(self.site.short)]
+        plain = value.shape == x.shape[2:] and self.site.axes[1] == "pos" and self.where.head is None
+        if plain and value.dtype == x.dtype and value.device == x.device:
+            return value  # one value for every row and position, as steering adds at every step
         value = value.to(device=x.device, dtype=x.dtype, non_blocking=True)
         if self.site.axes[1] != "pos":
             return self._fit_square(value, x, who)

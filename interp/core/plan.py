@@ -22,11 +22,15 @@ class Plan:
         reads: the sites to read, slices included, in the order asked.
         writes: the edits with globs expanded, in list order.
         points: where each place is.
+        gates: the conditions that the forward decides on its way.
+        late: conditions read at or after what they decide about: one more forward of the prompt decides them.
     """
 
     reads: tuple[Site, ...]
     writes: tuple[Intervention, ...]
     points: tuple[Point, ...]
+    gates: tuple[Any, ...] = ()
+    late: tuple[Any, ...] = ()
 
     @cached_property
     def restricted(self) -> bool:
@@ -70,8 +74,42 @@ class Plan:
                     )
                 _check_heads(atlas, site, edit.selection)
                 writes.append(replace(edit, site=site))
-        places = {s.key: atlas.point(s) for s in [*reads, *(Site(w.site) for w in writes)]}
-        return Plan(tuple(reads), tuple(writes), tuple(places.values()))
+        gates, late = _gates(atlas, writes)
+        sites = [*reads, *(Site(w.site) for w in writes), *(Site(g.site) for g in gates)]
+        places = {s.key: atlas.point(s) for s in sites}
+        return Plan(tuple(reads), tuple(writes), tuple(places.values()), gates, late)
+
+    def deciding(self, atlas: Atlas) -> "Plan":
+        """Return the plan of the forward that decides the late gates: without the edits that wait for a gate."""
+        writes = tuple(w for w in self.writes if not w.gates)
+        places = {s.key: atlas.point(s) for s in [*(Site(w.site) for w in writes), *(Site(g.site) for g in self.late)]}
+        return Plan((), writes, tuple(places.values()), self.late)
+
+
+def _gates(atlas: Atlas, writes: Sequence[Intervention]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The gates of some edits: those read on the way, and those read after what they decide about.
+
+    Raises:
+        SiteError: a gate that decides step by step about something earlier, or about keys of earlier steps.
+    """
+    found: dict[Any, bool] = {}
+    for edit in writes:
+        for gate in edit.gates:
+            place, acts = Site(gate.site), Site(edit.site)
+            atlas.point(place)
+            order = atlas.sites()
+            after = order.index(Site(place.short)) > order.index(Site(acts.short))
+            if after and gate.once != "prompt":
+                raise SiteError(
+                    f"a gate at {place.short} comes after the edit at {acts.short}, which it should decide about; give "
+                    "an earlier site, or once='prompt', which decides in one more forward of the prompt"
+                )
+            if gate.once != "prompt" and acts.kind == "rot_k":
+                raise SiteError(
+                    f"{acts.short} holds keys of earlier steps, which a gate of each step cannot decide about"
+                )
+            found[gate] = found.get(gate, False) or after
+    return tuple(g for g, after in found.items() if not after), tuple(g for g, after in found.items() if after)
 
 
 def _check_heads(atlas: Atlas, site: Site, where: Where) -> None:

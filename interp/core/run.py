@@ -86,6 +86,8 @@ class Run(BySite):
         self.hm = hm
         self.metric = metric
         self.notes: list[str] = notes if notes is not None else []
+        self.gates: dict[Any, Any] = {}
+        """What each `Gate` of the edits decided."""
         self._logits = logits
         self._grad = None if grad is None else BySite(grad)
 
