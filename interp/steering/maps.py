@@ -13,6 +13,7 @@ __all__ = ["KINDS", "FeatureMaps", "coupling", "fit_maps", "gap", "separation"]
 
 # What fp32 activations of a constant feature may differ by, as a share of their size.
 _CONSTANT = 1e-6
+_MARGIN, _ROUNDING = 1e-3, 1e-5
 
 
 class FeatureMaps(NamedTuple):
@@ -67,7 +68,7 @@ def fit_maps(
         y: those of the target; need not be as many.
         kind: one of `KINDS`.
         support: for "linear": the quantiles of x between which the map acts, (0, 1) for all that was seen; None
-            everywhere. The other kinds act everywhere.
+            everywhere. The range is widened by a thousandth. The other kinds act everywhere.
 
     Raises:
         ConfigError: an unknown kind, or quantiles that are no range.
@@ -85,7 +86,10 @@ def fit_maps(
     factor, shift = KINDS[kind](x, y)
     if kind == "linear" and support is not None:
         ordered = x.sort(0).values
-        return FeatureMaps(factor, shift, *(_quantile(ordered, q) for q in support))
+        low, high = (_quantile(ordered, q) for q in support)
+        # The map breaks off at its bounds: an example that lies on one must not fall out of it by rounding.
+        margin = _MARGIN * (high - low) + _ROUNDING * x.abs().amax(0)
+        return FeatureMaps(factor, shift, low - margin, high + margin)
     return FeatureMaps(factor, shift)
 
 
