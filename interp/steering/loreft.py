@@ -184,8 +184,9 @@ class _LowRank:
         return [self.turn, self.weight, self.bias]
 
     def edit(self, x: Tensor, inner: Bool[Tensor, "batch pos"]) -> Tensor:
-        wide, basis = x.to(torch.promote_types(x.dtype, torch.float32)), self.basis()
-        new = wide + (wide @ (self.weight - basis).T + self.bias) @ basis
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        basis, weight, bias = (v.to(wide) for v in (self.basis(), self.weight, self.bias))
+        new = wide + (wide @ (weight - basis).T + bias) @ basis
         return torch.where(inner[..., None], new, wide).to(x.dtype)
 
     def penalty(self) -> float:

@@ -163,8 +163,8 @@ class _Latent:
         return [self.w]
 
     def edit(self, x: Tensor, inner: Bool[Tensor, "batch pos"]) -> Tensor:
-        mean, self.idle = top_latents(x.flatten(2).float() @ self.w.flatten(), inner, self.k)
-        return _added(x, inner, mean.reshape(-1, *[1] * (x.ndim - 1)) * self.w)
+        mean, self.idle = top_latents(x.flatten(2).float() @ self.w.flatten().to(x.device), inner, self.k)
+        return _added(x, inner, mean.reshape(-1, *[1] * (x.ndim - 1)) * self.w.to(x.device))
 
     def penalty(self) -> Tensor | float:
         return self.l1 * self.idle

@@ -237,7 +237,7 @@ def train(
         for part in _batches(rows, options, draw):
             with torch.enable_grad():
                 loss = _losses(hm, texts, site, trainee, part).mean()
-                whole = loss + (n / total) * trainee.penalty()
+                whole = loss + (n / total) * torch.as_tensor(trainee.penalty()).to(loss)
                 held = trainee.parameters()
                 for p, g in zip(held, torch.autograd.grad(whole, held), strict=True):
                     p.grad = g

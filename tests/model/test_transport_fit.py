@@ -9,6 +9,7 @@ from torch import Tensor
 from interp.core.direction import Dose, Steers
 from interp.core.errors import ConfigError, DataError, ModelError, SiteError
 from interp.core.manager import HookManager
+from interp.core.metrics import loss_per_token
 from interp.core.result import Result
 from interp.core.text import Tokens
 from interp.core.where import Where
@@ -18,6 +19,7 @@ from interp.data.gather import gather
 from interp.steering.transport import Transport, fit_transport
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
+from interp.testbed.text import Text
 
 N, D = 40, 6
 CHAIN = ["0.resid_post", "1.resid_post"]
@@ -184,6 +186,13 @@ def test_sentiment_moves_with_the_share(testbed: HookManager, contrast: Contrast
     odds = log_odds(testbed, maps, [0.0, 0.25, 0.5, 0.75, 1.0])
     assert odds == sorted(odds) and odds[0] < -4 and odds[-1] > 0.5
     assert all(maps.after[s] <= maps.before[s] for s in maps.sites)
+    # Other text is said as before.
+    rows, _, _ = Text(5).rows(4, 64)
+    losses = [
+        loss_per_token(testbed.run(rows, write=write, logits="all").logits, rows)[0].mean()
+        for write in ([], maps.as_interventions())
+    ]
+    assert float(losses[1] - losses[0]) < 0.2
     # Labels that say nothing move nothing, and the other way round the prompts become what they are already.
     null = fit_transport(testbed, contrast.tokens(testbed).shuffled(seed=0), MLP)
     assert abs(log_odds(testbed, null, [1.0])[0] - odds[0]) < 0.25 * (odds[-1] - odds[0])
