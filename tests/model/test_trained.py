@@ -177,6 +177,15 @@ def test_the_model_is_left_as_it_was_and_nothing_below_the_edit_is_on_the_graph(
 
 
 @quick
+def test_the_rate_falls_to_nothing_in_a_line() -> None:
+    hm, _ = readable()
+    options = TrainedOptions(epochs=10, batch_size=12, lr=1e-4, progress=False)
+    found = fit_ssv(hm, texts(12, 0), SITE, options=options)
+    # With a gradient that hardly changes, each of Adam's steps is as long as its rate: 1 + 0.9 + … + 0.1 of the first.
+    assert float(found[SITE].abs().max()) == pytest.approx(5.5e-4, rel=0.02)
+
+
+@quick
 def test_the_same_seed_gives_the_same_bytes() -> None:
     hm, _ = readable()
     options = TrainedOptions(epochs=2, progress=False)
