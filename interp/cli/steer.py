@@ -47,7 +47,7 @@ class SteerData(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> "SteerData":
-        if [self.task, self.texts, self.questions].count(None) != 2:
+        if [self.task, self.texts, self.questions].count(None) < 2:
             raise ValueError("give one of task, texts, questions")
         if (self.task is None) == bool(self.positive):
             raise ValueError("positive goes with task: the answers that steering should make likelier")
@@ -57,7 +57,7 @@ class SteerData(Settings):
 class SteerConfig(ModelConfig):
     """Fit a direction and sweep its dose."""
 
-    data: SteerData = SteerData(task="sentiment", positive=[" glad", " loved", " positive", " success", " recommend"])
+    data: SteerData = SteerData()
     direction: str | None = Field(default=None, description="a direction that was saved, instead of fitting one")
     method: _Method = Field(default="mean_difference", description="how the direction is fitted")
     sites: list[str] = Field(
@@ -118,6 +118,8 @@ def main(argv: list[str]) -> int:
     try:
         line = read_line(SteerLine, SteerConfig, argv, prog="interp steer", stand_in=_STAND_IN)
         cfg = line.settings()
+        if not any((cfg.data.task, cfg.data.texts, cfg.data.questions)):
+            raise ConfigError("give one of data.task (with data.positive), data.texts, data.questions")
         folder = ResultFolder(cfg.out, force=line.force)
     except ConfigError as err:
         return refuse(str(err))
@@ -162,10 +164,11 @@ def _task_data(hm: "HookManager", cfg: SteerConfig) -> _Data:
 
     given, wanted = cfg.data, set(cfg.data.positive)
     assert given.task is not None
-    parts = [model_pairs(hm, given.task, given.n, seed=given.seed, held_out=out) for out in (False, True)]
-    fit, tried = (pairs.filter(lambda e: bool(wanted & {*e.answers, *e.foils})) for pairs in parts)
+    fit, tried = (model_pairs(hm, given.task, given.n, seed=given.seed, held_out=out) for out in (False, True))
+    prompts = tried.leaning(given.positive)
+    fit = fit.filter(lambda e: bool(wanted & {*e.answers, *e.foils}))
     contrast = Contrast.of_pairs(fit, positive=lambda e: bool(wanted & set(e.answers)))
-    return _Data(contrast, tried.leaning(given.positive), None)
+    return _Data(contrast, prompts, None)
 
 
 def _direction(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultFolder) -> "tuple[Direction, list[str]]":

@@ -35,6 +35,7 @@ def test_a_direction_is_fitted_saved_swept_and_used_again(tmp_path: Path, capfd:
     assert not (again / "fit").exists() and SteeringSweep.load(again / "result").unit == "sigma"
 
 
+@pytest.mark.filterwarnings("ignore:a control separates")  # the model answers with a letter, whatever the question
 def test_questions_are_asked_both_ways_round(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     colours = ["pink", "black", "white", "green", "brown", "blue"]
     records = [
@@ -58,12 +59,13 @@ def test_questions_are_asked_both_ways_round(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--data.positive", " glad", "--data.task", "None", "--data.texts", "x.csv"], 2, "positive goes with task"),
-        (["--data.task", "sentiment", "--data.texts", "x.csv"], 2, "one of task, texts, questions"),
+        (["--data.positive", " glad", "--data.texts", "x.csv"], 2, "positive goes with task"),
+        ([*TASK[2:], "--data.texts", "x.csv"], 2, "one of task, texts, questions"),
         (["--data.task", "sentiment", "--data.positive", " gladd"], 1, "has one of"),
-        (["--method", "psychic"], 2, "method"),
-        (["--sites", "9.resid_post"], 1, "9.resid_post"),
-        (["--direction", "nowhere.safetensors"], 1, "cannot be read as a direction"),
+        ([*TASK[2:], "--method", "psychic"], 2, "method"),
+        ([], 2, "give one of data.task"),
+        ([*TASK[2:], "--sites", "9.resid_post"], 1, "9.resid_post"),
+        ([*TASK[2:], "--direction", "nowhere.safetensors"], 1, "cannot be read as a direction"),
     ],
 )
 def test_what_cannot_be_is_refused(
