@@ -5,6 +5,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,7 +121,7 @@ class FunctionTask:
             raise DataError(f"task {self.name!r} has {len(inputs)} inputs, too few for training, validation and test")
         random.Random(f"split/{self.name}/{seed}").shuffle(inputs)
         at = [0, sizes[0], sum(sizes), len(inputs)]
-        parts = [set(inputs[a:b]) for a, b in zip(at, at[1:], strict=False)]
+        parts = [set(inputs[a:b]) for a, b in pairwise(at)]
         made = [self.keep(lambda x, part=part: x in part) for part in parts]  # type: ignore[misc]
         return TaskSplits(made[2], made[1], made[0])
 
@@ -146,11 +147,8 @@ def with_others(tasks: Mapping[str, FunctionTask]) -> dict[str, FunctionTask]:
             known.setdefault(x, {}).setdefault(name, y)
     made = {}
     for name, task in tasks.items():
-        others = {
-            x: tuple(dict.fromkeys(y for n, y in known[x].items() if n != name))
-            for x in task.inputs
-            if len(known[x]) > 1
-        }
+        shared = [x for x in task.inputs if len(known[x]) > 1]
+        others = {x: tuple(dict.fromkeys(y for n, y in known[x].items() if n != name)) for x in shared}
         made[name] = replace(task, others=others)
     return made
 
@@ -249,9 +247,9 @@ def icl_pairs(
     for x in asked[:n]:
         chosen = _draw_shots(draw, pool, x, n_shots)
         broken = _corrupted(draw, chosen, shots.others, corruption)
-        sides = [Prompt(queries.prompt(s, x)) for s in (chosen, broken)]
+        clean, corrupted = (Prompt(queries.prompt(s, x)) for s in (chosen, broken))
         meta = {"task": queries.name, "input": x, "n_shots": n_shots, "corruption": corruption}
-        made.append(Pair(*sides, tuple(queries.answer(y) for y in outputs[x]), (), meta))
+        made.append(Pair(clean, corrupted, tuple(queries.answer(y) for y in outputs[x]), (), meta))
     return PromptPairs(tuple(made), queries.name)
 
 

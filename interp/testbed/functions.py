@@ -3,13 +3,13 @@
 from interp.data.icl import FunctionTask, with_others
 from interp.testbed.lists import FORMATS, functions
 
-__all__ = ["DOMAINS", "testbed_functions", "testbed_templates"]
+__all__ = ["DOMAINS", "world_functions", "world_templates"]
 
 DOMAINS = ("noun", "verb", "adjective", "country", "person", "velic")
 """The kinds of input."""
 
 
-def testbed_templates() -> tuple[str, ...]:
+def world_templates() -> tuple[str, ...]:
     """Return the wordings that lists of the world have, each as the text of one shot."""
     made = []
     for before, between, after in FORMATS:
@@ -18,16 +18,16 @@ def testbed_templates() -> tuple[str, ...]:
     return tuple(made)
 
 
-def testbed_functions(template: int = 2) -> dict[str, FunctionTask]:
+def world_functions(template: int = 2) -> dict[str, FunctionTask]:
     """Return every function of the world: "noun_plural", "country_capital", …; one word in, one word out.
 
     Args:
-        template: which of `testbed_templates()`; by default "in: {input} out: {output}".
+        template: which of `world_templates()`; by default "in: {input} out: {output}".
 
     Returns:
         The tasks by name; each knows the outputs of the others over its own inputs.
     """
-    text = testbed_templates()[template]
+    text = world_templates()[template]
     made: dict[str, FunctionTask] = {}
     for domain in DOMAINS:
         tables = functions(domain)

@@ -49,9 +49,9 @@ def head_effects(
     tasks, ranks the heads. Questions are validation items that the model solves with true shots; shots, and the prompts
     of ā, come from the training items; test items are not looked at.
 
-    All heads of a task are tried through one sweep: only the last column is run again, from the head's layer on. Memory:
-    as for `sweep` with n_trials rows of the prompts' width T: the base run's streams, keys and values,
-    n_trials · T · n_layers · (d_model + 2 n_kv_heads d_head) values, and `budget_bytes` for the branches.
+    All heads of a task are tried through one sweep: only the last column is run again, from the head's layer on.
+    Memory: as for `sweep` with n_trials rows of the prompts' width T: the base run's streams, keys and values,
+    n_trials · T · n_layers · (d_model + 2 n_kv_heads d_head) of them, and `budget_bytes` for the branches.
 
     Args:
         hm: the model.
@@ -67,8 +67,8 @@ def head_effects(
         DataError: a task of which the model solves no validation item, or with too few shots.
         SiteError: a block without attention heads.
 
-    Source: Todd et al. (2023), arXiv 2310.15213, §2.3, eq. 3–4. Departures: questions are of the validation items alone;
-    corruptions other than shuffled outputs.
+    Source: Todd et al. (2023), arXiv 2310.15213, §2.3, eq. 3–4. Departures: questions are of the validation items
+    alone; corruptions other than shuffled outputs.
     """
     options = options or ICLOptions()
     given = [tasks] if isinstance(tasks, Tasks) else list(tasks)
@@ -205,8 +205,8 @@ def _remarks(
         if len(measured) and not bool(measured.any()):
             notes.append(
                 f"{split.train.name}: every effect is exactly 0. Either each head's mean is its own value in these "
-                f"prompts (corrupted and clean prompts are the same?), or the answer's probability ({broken:.1e}) is too "
-                "small to move; look at `patched`, in nats"
+                f"prompts (corrupted and clean prompts are the same?), or the answer's probability ({broken:.1e}) is "
+                "too small to move; look at `patched`, in nats"
             )
             warnings.warn(notes[-1], stacklevel=3)
     return notes

@@ -133,10 +133,8 @@ class HeadEffects(Result):
             "aie_log_prob": self.log_effects.nanmean(1).nanmean(0),
         }
         several = {name: self.by_task[i] for i, name in enumerate(self.tasks)} if len(self.tasks) > 1 else {}
-        frame = {
-            "layer": [i // heads for i in range(layers * heads)],
-            "head": [i % heads for i in range(layers * heads)],
-        }
+        places = [divmod(i, heads) for i in range(layers * heads)]
+        frame = {"layer": [layer for layer, _ in places], "head": [head for _, head in places]}
         return pd.DataFrame(frame | {name: x.flatten().tolist() for name, x in (columns | several).items()})
 
     def plot(self, *, task: str | None = None) -> "plotly.graph_objects.Figure":

@@ -39,9 +39,9 @@ def evaluate_function_vector(
     """Score a function vector on test items: without shots, with shots that do not show it, in other wordings.
 
     Three controls stand beside it: no vector; as many random heads' vectors, of heads that it is not made of; and the
-    mean residual stream of the layer itself. Each is added at the last token, after every block in turn. At the vector's
-    own layer, whole answers are scored too: all of an answer's tokens are the most likely ones, given those before, which
-    is what greedy decoding gives. In other wordings the vector is then added at every token of the answer as well.
+    mean residual stream of the layer itself. Each is added at the last token, after every block in turn. At the
+    vector's own layer, whole answers are scored too: all of an answer's tokens are the most likely ones, given those
+    before, which is what greedy decoding gives. In other wordings it is then added at every token of the answer.
 
     Memory: as for `sweep`, with batch_size rows; for whole answers batch_size · longest answer · d_vocab logits.
 

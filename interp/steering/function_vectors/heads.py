@@ -64,7 +64,7 @@ def mean_head_activations(hm: HookManager, pairs: PromptPairs, *, batch_size: in
                 held["written"] = z / out[f"{layer}.ln1_post.scale"].float().reshape(-1, 1, 1)
             for name, x in held.items():
                 key = f"{layer}.{name}"
-                total[key] = total.get(key, 0.0) + x.double().sum(0)  # type: ignore[arg-type]
+                total[key] = total.get(key, 0.0) + x.double().sum(0)
     stacked = {
         name: torch.stack([total[f"{layer}.{name}"].cpu() for layer in layers]).div(len(pairs)).float()
         for name in ("z", "resid", *(["written"] if normed else []))

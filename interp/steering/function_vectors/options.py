@@ -98,6 +98,6 @@ def refuse_unsolved(name: str, kept: int, n: int, n_shots: int) -> None:
     """
     if not kept:
         raise DataError(
-            f"the model solves none of {n} validation items of {name!r} with {n_shots} shots, so no head can be said to "
-            "carry it; check the template and the leading spaces of answers, or take an easier task"
+            f"the model solves none of {n} validation items of {name!r} with {n_shots} shots, so no head can be said "
+            "to carry it; check the template and the leading spaces of answers, or take an easier task"
         )

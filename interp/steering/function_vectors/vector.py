@@ -149,9 +149,9 @@ def function_vector(
 ) -> FunctionVector:
     """Make the function vector of a task: v = Σ W_O^{l,h} ā_{l,h} over the heads of the largest indirect effect.
 
-    The bias of the output projection is no head's, and is left out. Where the number of heads or the layer is not given,
-    each pair of them is tried on validation items without shots; the one with the most right answers is taken, and of
-    several the one with the highest mean log-probability.
+    The bias of the output projection is no head's, and is left out. Where the number of heads or the layer is not
+    given, each pair of them is tried on validation items without shots; the one with the most right answers is taken,
+    and of several the one with the highest mean log-probability.
 
     Args:
         hm: the model.
@@ -171,8 +171,9 @@ def function_vector(
         WhereError: heads that the model does not have.
         DataError: as for `head_effects`; or no head has an effect above 0.
 
-    Source: Todd et al. (2023), arXiv 2310.15213, §2.3, eq. 5. Departures: the number of heads and the layer are chosen on
-    validation items (there: 10 to 100 heads by the model's size, layer ≈ L/3); norms behind the heads are applied.
+    Source: Todd et al. (2023), arXiv 2310.15213, §2.3, eq. 5. Departures: the number of heads and the layer are
+    chosen on validation items (there: 10 to 100 heads by the model's size, layer ≈ L/3); norms behind the heads are
+    applied.
     """
     options, splits = options or ICLOptions(), splits_of(task)
     name = splits.train.name
@@ -271,9 +272,8 @@ def _check(hm: HookManager, heads: object, layer: object) -> None:
 def _ranked(effects: HeadEffects | None, hm: HookManager) -> list[tuple[int, int]]:
     assert effects is not None
     if tuple(effects.aie.shape) != (hm.n_layers, hm.n_heads):
-        raise ModelError(
-            f"these effects are of a model with {tuple(effects.aie.shape)} layers and heads; measure this one"
-        )
+        shape = tuple(effects.aie.shape)
+        raise ModelError(f"these effects are of a model with {shape} layers and heads; measure this one")
     found = [head for head in effects.top(effects.aie.numel()) if float(effects.aie[head]) > 0]
     if not found:
         raise DataError("no head has a mean effect above 0, so nothing ranks them; see the notes of head_effects")
