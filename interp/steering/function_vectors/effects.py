@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ from interp.steering.function_vectors.options import (
     splits_of,
 )
 
-__all__ = ["head_effects", "means_of", "trial_pairs"]
+__all__ = ["head_cells", "head_effects", "means_of", "patch_heads", "trial_pairs"]
 
 # A corruption that leaves more than this share of the probability has not taken the function away.
 _LEFT = 0.9
@@ -83,12 +83,15 @@ def head_effects(
         with _bar(len(ready) * hm.n_layers * hm.n_heads, progress) as step:
             for i, trials in enumerate(ready):
                 means.append(mean_head_activations(hm, trials.shown, batch_size=options.batch_size))
-                notes += [n for n in trials.run(hm, means[i], options, patched[i], sides[:, i], step) if n not in notes]
+                table = (patched[i], sides[:, i])
+                said = patch_heads(hm, trials.pairs, means[i].z, table, options=options, step=step)
+                notes += [note for note in said if note not in notes]
     except KeyboardInterrupt:
-        if not means:
+        if bool(sides.isnan().all()):
             raise
         notes.append(f"stopped: {float((~patched.isnan()).float().mean()):.0%} of the effects are measured")
-    n = len(means)
+    n = int((~sides[1, :, 0].isnan()).sum())
+    means = means[:n]
     ready, splits, patched, sides = ready[:n], splits[:n], patched[:n], sides[:, :n]
     notes += _remarks(splits, patched.exp() - sides[1].exp()[..., None, None], sides.exp(), options)
     ids = [r.ids for r in ready]
@@ -133,11 +136,13 @@ def _shown(splits: TaskSplits, options: ICLOptions, seed: int) -> PromptPairs:
     return icl_pairs(splits.train, splits.train, options.n_prompts, n_shots=options.n_shots, seed=seed + 1)
 
 
-class _Trials:
-    """The trials of one task."""
+class _Trials(NamedTuple):
+    """The trials of one task: corrupted prompts with their twins, prompts that show it, what is solved, token ids."""
 
-    def __init__(self, pairs: PromptPairs, shown: PromptPairs, right: str, ids: Tensor) -> None:
-        self.pairs, self.shown, self.solved, self.ids = pairs, shown, right, ids
+    pairs: PromptPairs
+    shown: PromptPairs
+    solved: str
+    ids: Tensor
 
     @classmethod
     def of(cls, hm: HookManager, splits: TaskSplits, options: ICLOptions, seed: int) -> "_Trials":
@@ -145,27 +150,43 @@ class _Trials:
         ids = pairs.tokens(hm, side="left", same_length=False).corrupted.ids
         return cls(pairs, _shown(splits, options, seed), right, ids)
 
-    def run(
-        self,
-        hm: HookManager,
-        means: HeadMeans,
-        options: ICLOptions,
-        patched: Float[Tensor, "trial layer n_heads"],
-        sides: Float[Tensor, "side trial"],
-        step: Callable[[int], Any],
-    ) -> list[str]:
-        """Fill in log-probabilities of the answer: of every head's patch, and of either side as it is."""
-        tokens = self.pairs.tokens(hm, side="left", same_length=False)
-        metric = tokens.metric("log_prob")
-        sides[0] = metric(hm.run(tokens.clean, logits="last")).float().cpu()
-        cells = head_cells(hm, tokens.corrupted, means.z)
-        sweep = Sweep(hm, tokens.corrupted, cells, [metric], engine=options.engine, budget_bytes=options.budget_bytes)
-        sides[1] = sweep.base[0]
-        flat = patched.flatten(1)
-        for done in sweep:
-            flat[:, done.cells] = done.values[0].T
-            step(len(done.cells))
-        return sweep.notes
+
+def patch_heads(
+    hm: HookManager,
+    pairs: PromptPairs,
+    z: Float[Tensor, "layer n_heads d_head"],
+    table: tuple[Float[Tensor, "trial layer n_heads"], Float[Tensor, "side trial"]],
+    *,
+    options: ICLOptions | None = None,
+    step: Callable[[int], Any] = lambda n: None,
+) -> list[str]:
+    """Put one head's output at the last token of corrupted prompts in its place, head by head.
+
+    Args:
+        hm: the model.
+        pairs: the prompts and their answers.
+        z: what each head's output becomes.
+        table: filled in with log-probabilities of the answer, in nats: of each head's patch, as it is done; and of the
+            clean and the corrupted prompts as they are.
+        options: engine and budget of the sweep.
+        step: told how many heads are done.
+
+    Returns:
+        The sweep's notes.
+    """
+    options = options or ICLOptions()
+    tokens = pairs.tokens(hm, side="left", same_length=False)
+    metric = tokens.metric("log_prob")
+    patched, sides = table
+    sides[0] = metric(hm.run(tokens.clean, logits="last")).float().cpu()
+    cells = head_cells(hm, tokens.corrupted, z)
+    sweep = Sweep(hm, tokens.corrupted, cells, [metric], engine=options.engine, budget_bytes=options.budget_bytes)
+    sides[1] = sweep.base[0]
+    flat = patched.view(len(patched), -1)
+    for done in sweep:
+        flat[:, done.cells] = done.values[0].T
+        step(len(done.cells))
+    return sweep.notes
 
 
 def head_cells(hm: HookManager, tokens: Tokens, z: Float[Tensor, "layer n_heads d_head"]) -> list[Cells]:

@@ -61,7 +61,7 @@ class FunctionVector(Result):
     resid: Float[Tensor, "layer d_model"]
     sizes: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
-    choice: Float[Tensor, "size layer"]
+    choice: Float[Tensor, "size place"]
     effects: Float[Tensor, "layer n_heads"]
     notes: list[str] = field(default_factory=list)
 
