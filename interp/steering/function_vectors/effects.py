@@ -15,7 +15,7 @@ from interp.core.site import Site
 from interp.core.sweep import Sweep
 from interp.core.sweep_cells import Cells
 from interp.core.text import Tokens
-from interp.data.icl import TaskSplits, icl_pairs
+from interp.data.icl import CORRUPTIONS, TaskSplits, icl_pairs
 from interp.data.pairs import PromptPairs
 from interp.steering.function_vectors.effects_result import HeadEffects
 from interp.steering.function_vectors.heads import HeadMeans, mean_head_activations
@@ -218,9 +218,10 @@ def _remarks(
     for i, split in enumerate(splits):
         clean, broken = float(sides[0, i].mean()), float(sides[1, i].mean())
         if broken > _LEFT * clean:
+            other = " or ".join(repr(c) for c in CORRUPTIONS if c not in ("shuffled", options.corruption))
             notes.append(
                 f"{split.train.name}: corruption {options.corruption!r} leaves the answer at p = {broken:.3g} of "
-                f"{clean:.3g}, so there is next to nothing to bring back; try corruption='others' or 'zero_shot'"
+                f"{clean:.3g}, so there is next to nothing to bring back; try {other}"
             )
         measured = effects[i][~effects[i].isnan()]
         if len(measured) and not bool(measured.any()):
