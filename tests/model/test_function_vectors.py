@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from interp.core.errors import ConfigError, DataError, ModelError, WhereError
+from interp.core.intervention import Add
 from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.where import Where
@@ -138,7 +139,7 @@ def test_results_come_back_from_disk_and_draw(tmp_path: Path) -> None:
     assert direction.sites == ["0.resid_post"] and direction.method == "function_vector"
     direction.check(hm)
     (edit,) = vector.as_interventions(2.0)
-    assert edit.where == Where.last_prompt()
+    assert isinstance(edit, Add) and edit.where == Where.last_prompt()
     assert scores.plot().data and effects.plot(task="b").data
 
 

@@ -65,7 +65,10 @@ def test_parts_share_no_input_and_questions_are_not_repeated_before_they_must() 
 
 
 def test_tasks_are_read_from_json_and_know_each_other(tmp_path: Path) -> None:
-    held = {"first": [("abc", "a"), ("xyz", "x"), ("only", "o")], "last": [("abc", "c"), ("xyz", "z"), ("one", 1)]}
+    held: dict[str, list[tuple[str, str | int]]] = {
+        "first": [("abc", "a"), ("xyz", "x"), ("only", "o")],
+        "last": [("abc", "c"), ("xyz", "z"), ("one", 1)],
+    }
     for name, rows in held.items():
         (tmp_path / f"{name}.json").write_text(json.dumps([{"input": x, "output": y} for x, y in rows]))
     tasks = load_function_tasks(tmp_path, template="{input}: {output}\n")

@@ -16,6 +16,7 @@ from interp.core.manager import HookManager
 from interp.core.result import Provenance, Result
 from interp.core.where import Where
 from interp.data.icl import icl_pairs
+from interp.data.pairs import PromptPairs
 from interp.steering.function_vectors.effects import head_effects, means_of
 from interp.steering.function_vectors.effects_result import HeadEffects
 from interp.steering.function_vectors.heads import HeadMeans, head_vectors
@@ -192,7 +193,6 @@ def function_vector(
     parts = head_vectors(hm, means.written, ranked[: max(sizes)])
     aie = torch.full((hm.n_layers, hm.n_heads), torch.nan) if effects is None else effects.aie
     settings = {**options.settings(), "heads": heads, "layer": layer, "task": name, "folded": hm.is_folded}
-    prompts = icl_pairs(splits.validation, splits.train, n_shots=0, seed=seed)
     made = FunctionVector(
         provenance=Provenance.of(hm, settings=settings, data=[means.z], seed=seed),
         task=name,
@@ -207,20 +207,8 @@ def function_vector(
     )
     if len(sizes) * len(layers) == 1:
         return made
-    vectors = torch.stack([parts[:size].sum(0) for size in sizes])[:, None].expand(-1, len(layers), -1)
-    tried = try_vectors(hm, prompts, vectors, layers, options=options)
-    right, log_prob = tried.right.mean(-1), tried.log_prob.mean(-1)
-    best = torch.where(right == right.max(), log_prob, -torch.inf).flatten().argmax()
-    size, at = divmod(int(best), len(layers))
-    return replace(
-        made,
-        heads=ranked[: sizes[size]],
-        parts=parts[: sizes[size]],
-        layer=layers[at],
-        sizes=sizes,
-        layers=layers,
-        choice=right,
-    )
+    prompts = icl_pairs(splits.validation, splits.train, n_shots=0, seed=seed)
+    return _chosen(hm, made, prompts, ranked, parts, sizes, layers, options)
 
 
 def compose_function_vectors(ac: FunctionVector, bd: FunctionVector, bc: FunctionVector) -> FunctionVector:
@@ -257,6 +245,26 @@ def compose_function_vectors(ac: FunctionVector, bd: FunctionVector, bc: Functio
         choice=torch.zeros(0, 0),
         notes=["composed of three vectors; its layer is that of the first"],
     )
+
+
+def _chosen(
+    hm: HookManager,
+    made: FunctionVector,
+    prompts: PromptPairs,
+    ranked: list[tuple[int, int]],
+    parts: Float[Tensor, "part d_model"],
+    sizes: list[int],
+    layers: list[int],
+    options: ICLOptions,
+) -> FunctionVector:
+    """The vector with the number of heads and the layer that answer most prompts right."""
+    vectors = torch.stack([parts[:size].sum(0) for size in sizes])[:, None].expand(-1, len(layers), -1)
+    tried = try_vectors(hm, prompts, vectors, layers, options=options)
+    right, log_prob = tried.right.mean(-1), tried.log_prob.mean(-1)
+    best = torch.where(right == right.max(), log_prob, -torch.inf).flatten().argmax()
+    size, at = divmod(int(best), len(layers))
+    heads, kept, layer = ranked[: sizes[size]], parts[: sizes[size]], layers[at]
+    return replace(made, heads=heads, parts=kept, layer=layer, sizes=sizes, layers=layers, choice=right)
 
 
 def _check(hm: HookManager, heads: object, layer: object) -> None:
