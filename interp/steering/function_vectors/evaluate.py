@@ -81,7 +81,7 @@ def evaluate_function_vector(
         log_prob.append(torch.cat([base[1], tried.log_prob]))
     chosen = torch.cat([torch.zeros(1, hm.d_model), vectors[:, layers.index(vector.layer)]])
     for i, (pairs, side, everywhere) in enumerate(conditions.values()):
-        first = right[i][:, :, :][:, layers.index(vector.layer)]
+        first = right[i][:, layers.index(vector.layer)]
         full.append(_whole(hm, pairs, side, chosen, vector.site, everywhere, options.batch_size, first))
     shown = icl_pairs(splits.test, splits.train, n_shots=options.n_shots, seed=seed)
     settings = {**options.settings(), "task": splits.train.name, "templates": list(templates), "n_random": n_random}
