@@ -116,6 +116,10 @@ class Result(ABC):
     def summary(self) -> str:
         """Say in a few lines what was found, on what."""
 
+    def page_parts(self) -> "list[tuple[str, pandas.DataFrame | plotly.graph_objects.Figure]]":
+        """Return what the page shows after its first figure: headings with further figures or tables."""
+        return []
+
     def to_html(self, path: str | os.PathLike[str]) -> Path:
         """Write a page that holds everything it shows and asks nothing of the network.
 

@@ -163,6 +163,7 @@ def write_result(result: Result, path: str | os.PathLike[str]) -> Path:
     sections = [
         Section("", result.summary()),
         Section("", result.plot()),
+        *(Section(title, part) for title, part in result.page_parts()),
         Section("Values", frame.head(TABLE_ROWS), note=cut, folded=True),
         Section("Provenance", lines, folded=True),
     ]

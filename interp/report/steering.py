@@ -70,7 +70,7 @@ def dose_response(
     figure = go.Figure()
     for one in lines:
         _add_samples(figure, one)
-    shown = 0
+    shown, named = 0, False
     for one in sorted(lines, key=lambda line: not line.control):
         colour = _CONTROL if one.control else _WAYS[shown % len(_WAYS)]
         shown += not one.control
@@ -78,7 +78,11 @@ def dose_response(
         figure.add_scatter(
             x=one.doses.tolist(),
             y=mean.tolist(),
-            name=plain(one.name),
+            # Of many random directions the legend needs one; the pointer tells each by its name.
+            name="random directions" if one.control else plain(one.name),
+            legendgroup="random" if one.control else plain(one.name),
+            showlegend=not (one.control and named),
+            hovertext=plain(one.name),
             mode="lines+markers",
             line={"width": 1 if one.control else 2, "color": colour, "dash": "dot" if one.control else "solid"},
             marker={"size": 6, "color": colour, "symbol": ["x" if f else "circle" for f in one.flagged.tolist()]},
@@ -90,6 +94,7 @@ def dose_response(
                 "width": 3,
             },
         )
+        named = named or one.control
     dressed(figure, title)
     figure.add_hline(y=0, line={"dash": "dot", "width": 1, "color": _CONTROL})
     figure.update_layout(height=420, hovermode="closest")

@@ -34,6 +34,8 @@ def draw(sweep: "SteeringSweep", kind: str, against: str) -> "plotly.graph_objec
     if kind not in FIGURES or against not in COSTS:
         name, known = (kind, FIGURES) if kind not in FIGURES else (against, tuple(COSTS))
         raise DataError(f"{name!r}: {nearest(name, known) or 'expected one of ' + ', '.join(known)}")
+    if not sweep.effect.shape[1] and kind == "doses":
+        return _costs(sweep)
     if not sweep.effect.shape[1]:
         raise DataError("this sweep was of plain prompts, so it has no effects to draw; see to_frame() and texts")
     value = f"change of {sweep.metric}"
@@ -56,12 +58,23 @@ def draw(sweep: "SteeringSweep", kind: str, against: str) -> "plotly.graph_objec
     return trade_off(lines, cost=COSTS[against], value=value, baseline=base, title="What the effect costs")
 
 
+def _costs(sweep: "SteeringSweep") -> "plotly.graph_objects.Figure":
+    """What doses cost, where there are no answers that they could have an effect on."""
+    from interp.report.steering import dose_response
+
+    lines = []
+    for name, site in sweep.lines:
+        kl = sweep.kl[sweep.cells(name, site)]
+        lines.append(_line(sweep, name, site, None)._replace(mean=kl, low=kl, high=kl))
+    return dose_response(lines, unit=sweep.unit, value=COSTS["kl"], title="What the doses cost")
+
+
 def _line(sweep: "SteeringSweep", name: str, site: str, cost: str | None) -> "DoseLine":
     from interp.report.steering import DoseLine
 
     cells = sweep.cells(name, site)
     effect = sweep.effect[cells]
-    low, high = bootstrap_bounds(effect)
+    low, high = bootstrap_bounds(effect) if effect.shape[1] else (torch.full((len(cells),), math.nan),) * 2
     costs = {"perplexity": sweep.mean_perplexity, "kl": sweep.kl, "loss_change": sweep.loss_change}
     return DoseLine(
         name=name if len({s for _, s in sweep.lines}) == 1 else f"{name} at {site}",

@@ -281,8 +281,8 @@ class SteeringSweep(Result):
 
         Args:
             kind: one of `FIGURES`. "doses": mean effect against dose with 95 % intervals, controls in grey, and faint
-                lines of single prompts where one thing steers at one site. "trade_off": effect against a side effect,
-                a point per dose; cells that break no limit are filled. "sites": effect by site and dose, cells that
+                lines of single prompts where one thing steers at one site; of plain prompts the KL instead.
+                "trade_off": effect against a side effect, a point per dose; cells that break no limit are filled. "sites": effect by site and dose, cells that
                 break a limit marked.
             against: for "trade_off": "perplexity", "kl" or "loss_change".
 
@@ -292,6 +292,32 @@ class SteeringSweep(Result):
         from interp.steering.sweep_figures import draw
 
         return draw(self, kind, against)
+
+    def page_parts(self) -> "list[tuple[str, pandas.DataFrame | plotly.graph_objects.Figure]]":
+        """Return the trade-off, the map of sites, and what was generated."""
+        parts: list[tuple[str, Any]] = []
+        if self.effect.shape[1] and not bool(self.perplexity.isnan().all()):
+            parts.append(("", self.plot(kind="trade_off")))
+        if self.effect.shape[1] and len({site for _, site in self.lines}) > 1:
+            parts.append(("", self.plot(kind="sites")))
+        if self.prompts:
+            parts.append(("What it says", self.said()))
+        return parts
+
+    def said(self) -> "pandas.DataFrame":
+        """Return what was generated: a row per prompt and cell, the unsteered model's first, controls left out."""
+        import pandas as pd
+
+        rows = []
+        for number, prompt in enumerate(self.prompts):
+            rows.append(
+                {"prompt": prompt, "steers": "nothing", "site": "", "dose": 0.0, "text": self.base_texts[number]}
+            )
+            for cell, texts in enumerate(self.texts):
+                if not bool(self.control[cell]) and texts:
+                    where = {"steers": self.steers[cell], "site": self.sites[cell], "dose": float(self.doses[cell])}
+                    rows.append({"prompt": prompt, **where, "text": texts[number], "breaks": self.failed[cell]})
+        return pd.DataFrame(rows).fillna("")
 
     def summary(self) -> str:
         """Give each line's slope, anti-steerable share and best dose, the controls, and the notes."""
