@@ -17,10 +17,10 @@ from interp.testbed.words import LABELS
 if TYPE_CHECKING:
     from interp.core.manager import HookManager
 
-__all__ = ["testbed_concept"]
+__all__ = ["world_concept"]
 
 
-def testbed_concept(
+def world_concept(
     hm: "HookManager | None",
     label: str,
     n: int = 200,
@@ -103,3 +103,7 @@ def _drawn(at: Bool[Tensor, "row pos"], most: int | None, draw: torch.Generator)
 def _tokens(hm: Any, text: LabelledTokens) -> Tokens:
     ids: Int[Tensor, "row pos"] = text.ids
     return Tokens(ids, torch.ones_like(ids, dtype=torch.bool), bos=True, tokenizer=None if hm is None else hm.tokenizer)
+
+
+# The name that was agreed on first. pytest takes an imported function of that name for a test.
+testbed_concept = world_concept
