@@ -50,10 +50,11 @@ class Contrast:
             texts = getattr(self, side)
             if isinstance(texts, str) or not texts:
                 raise DataError(f"{self.name!r} needs a list of {side} texts, got {texts!r}")
-            wrong = next((t for t in texts if not isinstance(t, str | Prompt)), None)
+            wrong = next((t for t in texts if not isinstance(t, Prompt)), None)
             if wrong is not None:
-                raise DataError(f"a {side} text of {self.name!r} is {type(wrong).__name__}: expected text or a Prompt")
-            object.__setattr__(self, side, tuple(Prompt(t) if isinstance(t, str) else t for t in texts))
+                hint = "Contrast.make takes plain texts" if isinstance(wrong, str) else "expected text or a Prompt"
+                raise DataError(f"a {side} text of {self.name!r} is {type(wrong).__name__}; {hint}")
+            object.__setattr__(self, side, tuple(texts))
         n, m = len(self.positive), len(self.negative)
         if self.paired and n != m:
             raise DataError(f"{self.name!r} has {n} positive and {m} negative texts, which cannot be pairs")
@@ -81,16 +82,20 @@ class Contrast:
             positive: texts with the concept.
             negative: texts without it.
             paired: None takes lists of one length for pairs.
-            groups: one list of groups for pairs, or (of the positive, of the negative) ones.
+            groups: one list for both sides of pairs, or two lists, of the positive and of the negative texts.
             name: what the concept is called.
 
         Raises:
             DataError: as for the class.
         """
+        if isinstance(positive, str) or isinstance(negative, str):
+            raise DataError("positive and negative are lists of texts, one text alone was given; put it in a list")
         pairs = len(positive) == len(negative) if paired is None else paired
-        if groups is not None and pairs and len(groups) == len(positive) and not isinstance(groups, tuple):
-            groups = (groups, groups)
-        return cls(tuple(positive), tuple(negative), pairs, groups, name)  # type: ignore[arg-type]
+        if groups is not None:
+            two = len(groups) == 2 and all(isinstance(side, list | tuple) for side in groups)
+            groups = tuple(tuple(side) for side in (groups if two else (groups, groups)))
+        sides = (tuple(Prompt(t) if isinstance(t, str) else t for t in texts) for texts in (positive, negative))
+        return cls(*sides, pairs, groups, name)
 
     @classmethod
     def of_pairs(
