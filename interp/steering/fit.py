@@ -1,10 +1,12 @@
 """`fit_direction`: directions in closed form, every method through one call."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.direction import Direction, SiteScale, measure_scale
@@ -17,15 +19,12 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
+from interp.steering.methods import METHODS, OF_VARIANCE, PAIRED, solve
 
-__all__ = ["METHODS", "concept_tokens", "fit_direction"]
+__all__ = ["METHODS", "check_method", "concept_tokens", "direction_of", "fit_direction", "relabelled"]
 
-
-class Solved(NamedTuple):
-    """What a method finds at one site: the vector, and figures of its fit."""
-
-    vector: Float[Tensor, "*features"]
-    stats: Mapping[str, float] = {}
+# Below this cosine with the difference of means a component of variance is about something else.
+_ASTRAY = 0.5
 
 
 def fit_direction(
@@ -41,6 +40,13 @@ def fit_direction(
 ) -> Direction:
     """Fit a direction at sites from texts with and without a concept.
 
+    Methods: "mean_difference" (CAA's, which keeps its length), "pca" (first singular vector of the differences of
+    pairs, not centred), "pca_centred" (to compare with: centring takes the concept off), "lat" (of normalised
+    differences of random pairs), "logistic", "mass_mean" and "lda" (inverse covariance within the classes times the
+    difference of means; the latter shrunk), "random", and "shuffled" (difference of means under labels that say
+    nothing). Every vector points to the class with the concept, except the last two, and has the length of the
+    difference of means: a raw dose is one size of edit, whatever the method.
+
     Args:
         hm: the model.
         data: the texts; of prompt pairs the clean ones have the concept.
@@ -52,23 +58,56 @@ def fit_direction(
         batch_size: rows per forward.
 
     Returns:
-        The direction, in the units of the activation, with the scale of the examples along it.
+        The direction, in the units of the activation, with the scale of the examples along it; `stats` as in
+        `interp.steering.methods.diagnose`, "explained" (share of the sum of squares) of methods of variance.
+
+    Warns:
+        UserWarning: a method of variance gives a vector whose cosine with the difference of means is below 0.5.
 
     Raises:
         ConfigError: an unknown method.
         DataError: data that the method cannot be fitted on.
+
+    Source: Rimsky et al., arXiv 2312.06681 (mean_difference); Zou et al., arXiv 2310.01405 (lat; departure: no
+        centring, and the sign is that of the labels); Marks and Tegmark, arXiv 2310.06824 (mass_mean).
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r}: {nearest(method, METHODS) or 'expected one of ' + ', '.join(METHODS)}")
     tokens = concept_tokens(hm, data, where=where)
+    check_method(method, tokens)
     held = gather(hm, tokens, sites, pool=pool, batch_size=batch_size)
+    return direction_of(hm, tokens, held, method=method, where=where, pool=pool, seed=seed)
+
+
+def direction_of(
+    hm: HookManager,
+    tokens: ConceptTokens,
+    held: Mapping[str, Gathered],
+    *,
+    method: str,
+    where: Where | None = None,
+    pool: str = "each",
+    seed: int = 0,
+) -> Direction:
+    """Fit a direction on activations that were gathered already; as `fit_direction`.
+
+    Args:
+        hm: the model that they are of.
+        tokens: the data that they are of.
+        held: examples by site.
+        method, where, pool, seed: as for `fit_direction`.
+    """
+    blind = tokens.shuffled(seed=seed) if method == "shuffled" else tokens
     vectors: dict[str, Tensor] = {}
     scale: dict[str, SiteScale] = {}
     stats: dict[str, Mapping[str, float]] = {}
     for site, examples in held.items():
-        solved = METHODS[method](examples, torch.Generator().manual_seed(seed))
-        vectors[site], stats[site] = solved.vector, solved.stats
-        scale[site] = measure_scale(examples.x, solved.vector, positive=examples.y == 1)
+        draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site}".encode()))
+        seen = relabelled(examples, blind, pool) if blind is not tokens else examples
+        found = solve(seen, method, draw)
+        vectors[site], stats[site] = found.vector, found.stats
+        if blind is not tokens:
+            vectors[site] = found.vector * _length(examples) / found.vector.norm()
+        scale[site] = measure_scale(examples.x, found.vector, positive=examples.y == 1)
+    _warn_astray(method, stats)
     settings: dict[str, Any] = {"method": method, "where": repr(where), "pool": pool, "sites": list(held)}
     return Direction(
         vectors=vectors,
@@ -83,6 +122,29 @@ def fit_direction(
         folded=hm.is_folded,
         notes=tokens.notes,
     )
+
+
+def check_method(method: str, tokens: ConceptTokens) -> None:
+    """Refuse a method that is unknown or that these data cannot be used for.
+
+    Raises:
+        ConfigError: an unknown method.
+        DataError: one class alone, or no pairs where the method needs them.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}: {nearest(method, METHODS) or 'expected one of ' + ', '.join(METHODS)}")
+    for code, name in enumerate(tokens.classes):
+        if not bool((tokens.labels == code).any()):
+            raise DataError(f"{tokens.name!r} has no token of the class {name!r}; a direction needs both")
+    if method in PAIRED and tokens.pairs is None:
+        others = ", ".join(m for m in METHODS if m not in PAIRED)
+        raise DataError(f"method={method!r} needs pairs, and {tokens.name!r} has none; use one of {others}")
+
+
+def relabelled(examples: Gathered, tokens: ConceptTokens, pool: str) -> Gathered:
+    """Return the same examples with the labels of other `ConceptTokens`, in which the same tokens are read."""
+    y = tokens.labels[tokens.read] if pool == "each" else tokens.labels.max(1).values
+    return replace(examples, y=y)
 
 
 def concept_tokens(
@@ -103,19 +165,20 @@ def concept_tokens(
     return contrast.tokens(hm, where=where)
 
 
-def _mean_difference(examples: Gathered, draw: torch.Generator) -> Solved:
-    return Solved(examples.of_class(1).mean(0) - examples.of_class(0).mean(0))
+def _length(examples: Gathered) -> Tensor:
+    return (examples.of_class(1).mean(0) - examples.of_class(0).mean(0)).norm()
 
 
-def _random(examples: Gathered, draw: torch.Generator) -> Solved:
-    """A direction at random with the length of the difference of means: what a dose alone does."""
-    difference = _mean_difference(examples, draw).vector
-    vector = torch.randn(difference.shape, generator=draw)
-    return Solved(vector * difference.norm() / vector.norm())
-
-
-METHODS: Mapping[str, Callable[[Gathered, torch.Generator], Solved]] = {
-    "mean_difference": _mean_difference,
-    "random": _random,
-}
-"""Methods by name, each a function of the examples at one site."""
+def _warn_astray(method: str, stats: Mapping[str, Mapping[str, float]]) -> None:
+    low = [f"{site} {held['cosine']:.2f}" for site, held in stats.items() if abs(held["cosine"]) < _ASTRAY]
+    if method not in OF_VARIANCE or not low:
+        return
+    why = "it centres the differences of pairs, which takes off what they have in common, the concept" * (
+        method == "pca_centred"
+    )
+    warnings.warn(
+        f"method={method!r} found something else than the concept: its cosine with the difference of means is "
+        f"{', '.join(low[:6])}{', …' if len(low) > 6 else ''}; "
+        f"{why or 'another axis varies more'}. Use mean_difference, or lda",
+        stacklevel=4,
+    )
