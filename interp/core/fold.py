@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from interp.core.attention import CURRENT
 from interp.core.errors import ModelError
+from interp.core.modelmap import ModelMap
 from interp.core.passes import Caller
 from interp.core.points import Atlas
 from interp.core.views import linear_weight
 from interp.core.weights import Weights, readable
 
-__all__ = ["fold"]
+__all__ = ["fold", "untie"]
 
 _MLP_READERS = ("mlp.in", "mlp.gate", "mlp.gate_up")
 _EXPERT_READERS = {"gate_proj", "up_proj", "gate_up_proj", "shared_expert_gate"}
@@ -87,18 +88,8 @@ class _Folding:
         return self.map.module(self.twin, part, layer)
 
     def untie(self) -> None:
-        embed: Any = self.module("embed")
-        unembed: Any = self.module("unembed")
-        if getattr(embed, "weight", None) is not getattr(unembed, "weight", 0):
-            return
-        unembed.weight = nn.Parameter(unembed.weight.detach().clone(), requires_grad=unembed.weight.requires_grad)
-        config: Any = getattr(self.twin, "config", None)
-        if config is not None:
-            config.tie_word_embeddings = False
-            config.get_text_config().tie_word_embeddings = False
-        known: Any = getattr(self.twin, "all_tied_weights_keys", {})
-        known.pop(f"{self.map.path('unembed')}.weight", None)  # else transformers may tie them again
-        self.notes.append("W_E and W_U were one tensor in this model; in the copy they are two")
+        if untie(self.twin, self.map):
+            self.notes.append("W_E and W_U were one tensor in this model; in the copy they are two")
 
     # -- norms --------------------------------------------------------------------------------------------------
 
@@ -282,6 +273,27 @@ class _Folding:
         dtype = next(self.twin.parameters()).dtype
         if dtype in (torch.float16, torch.bfloat16):
             self.notes.append(f"folded weights are rounded to {dtype}; load the model in float32 for exact ones")
+
+
+def untie(model: nn.Module, modelmap: ModelMap) -> bool:
+    """Give a model whose embedding and unembedding are one tensor two of them, in place; return whether they were one.
+
+    Args:
+        model: the model, or a copy that may be changed.
+        modelmap: its map.
+    """
+    embed: Any = modelmap.module(model, "embed")
+    unembed: Any = modelmap.module(model, "unembed")
+    if getattr(embed, "weight", None) is not getattr(unembed, "weight", 0):
+        return False
+    unembed.weight = nn.Parameter(unembed.weight.detach().clone(), requires_grad=unembed.weight.requires_grad)
+    config: Any = getattr(model, "config", None)
+    if config is not None:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+    known: Any = getattr(model, "all_tied_weights_keys", {})
+    known.pop(f"{modelmap.path('unembed')}.weight", None)  # else transformers may tie them again
+    return True
 
 
 def _wide(device: torch.device) -> dict[str, Any]:
