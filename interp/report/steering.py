@@ -213,9 +213,7 @@ def marked_map(
     if values.shape != flagged.shape:
         raise ShapeError(f"values {tuple(values.shape)} and flags {tuple(flagged.shape)} must have one shape")
     text = [[_MARK if f else "" for f in row] for row in flagged.tolist()]
-    return heatmap(
-        values, rows=Axis("", sites), columns=doses, title=title, value=value, text=text, diverging=True
-    )
+    return heatmap(values, rows=Axis("", sites), columns=doses, title=title, value=value, text=text, diverging=True)
 
 
 def _frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

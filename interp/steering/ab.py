@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.core.direction import Dose, Steers
@@ -19,7 +19,7 @@ from interp.core.where import Where
 from interp.data.ab_questions import ABQuestion, ABQuestions
 from interp.data.pairs import PromptPairs
 from interp.steering.dose_rows import Block, Doses, edits_of, quiet_at_zero, read_doses
-from interp.steering.lines import Line, lines_of
+from interp.steering.lines import UNSTEERED, Line, lines_of
 from interp.steering.measure import blocks_for
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
 __all__ = ["ABResult", "ab_evaluation"]
-
-_UNSTEERED = "unsteered"
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -40,6 +38,7 @@ class ABResult(Result):
         sites: where it acts.
         doses: how much; 0 for the first.
         unit: of the doses.
+        control: whether the cell is of a random direction.
         log_odds: logit(matching letter) − logit(other letter), for either order of the options.
         mass: probability of the two letters together; where it is small the model answers something else.
         first: 1 where the first order has the matching option under the first letter, else −1.
@@ -52,6 +51,7 @@ class ABResult(Result):
     sites: list[str]
     doses: Float[Tensor, " cell"]
     unit: str
+    control: Bool[Tensor, " cell"]
     log_odds: Float[Tensor, "cell order question"]
     mass: Float[Tensor, "cell order question"]
     first: Float[Tensor, " question"]
@@ -125,7 +125,7 @@ class ABResult(Result):
                     mean=change.mean(1),
                     low=low.float(),
                     high=high.float(),
-                    control=name.startswith("random "),
+                    control=bool(self.control[cells[0]]),
                     flagged=torch.zeros(len(cells), dtype=torch.bool),
                     cost=torch.zeros(0),
                     samples=change[:, :0],
@@ -139,7 +139,7 @@ class ABResult(Result):
         """Give preference, accuracy, letter bias and mass of each cell."""
         lines = [f"{self.name}: {self.log_odds.shape[2]} questions, each in both orders"]
         for record in self.records()[:12]:
-            where = "" if record["steers"] == _UNSTEERED else f" at {record['site']}, {record['dose']:g} {self.unit}"
+            where = "" if record["steers"] == UNSTEERED else f" at {record['site']}, {record['dose']:g} {self.unit}"
             lines.append(
                 f"{record['steers']}{where}: log-odds {record['log_odds']:.4g} [{record['log_odds_low']:.4g}, "
                 f"{record['log_odds_high']:.4g}], accuracy {record['accuracy']:.0%}, first letter "
@@ -196,10 +196,11 @@ def ab_evaluation(
     settings = {"doses": amounts.values.tolist(), "unit": amounts.unit, "where": repr(where), "answer": answer}
     return ABResult(
         provenance=Provenance.of(hm, settings=settings, data=tokens),
-        steers=[_UNSTEERED, *(line.name for line, _ in cells)],
+        steers=[UNSTEERED, *(line.name for line, _ in cells)],
         sites=["", *(line.site for line, _ in cells)],
         doses=torch.tensor([0.0, *(float(line.doses.values[k]) for line, k in cells)]),
         unit=amounts.unit,
+        control=torch.tensor([False, *(line.control for line, _ in cells)]),
         log_odds=torch.cat([torch.stack([o.log_odds for o in both], 1) for both in [base, *found]]),
         mass=torch.cat([torch.stack([o.mass for o in both], 1) for both in [base, *found]]),
         first=asked.first,
@@ -279,7 +280,7 @@ def _up_to(hm: HookManager, question: ABQuestion, answer: str, letter: str) -> t
     begin = len(lead) + len(before)
     at = next((i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a <= begin < b), None)
     if not at:
-        raise DataError(f"the letter {letter!r} of {question.question[:50]!r} is not found among the tokens of its text")
+        raise DataError(f"the letter {letter!r} of {question.question[:50]!r} is not found among its tokens")
     return list(encoded["input_ids"][:at]), int(encoded["input_ids"][at])
 
 

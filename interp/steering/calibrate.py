@@ -11,10 +11,9 @@ from interp.core.direction import Dose, Steers
 from interp.core.errors import ConfigError, DataError
 from interp.core.inputs import Inputs
 from interp.core.manager import HookManager
-from interp.core.text import Tokens
 from interp.core.where import Where
-from interp.steering.measure import TextMeasure, read_text
 from interp.steering.dose_rows import Doses
+from interp.steering.measure import TextMeasure, read_text
 
 __all__ = ["calibrate", "token_kl"]
 

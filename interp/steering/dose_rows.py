@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -126,7 +126,7 @@ def _of_rows(where: Where, rows: Tensor, n_rows: int) -> Where:
         raise WhereError(f"{where!r}: a sweep puts prompts on rows of its own; give the prompts you mean instead")
     if where.any_of:
         return Where(any_of=tuple(_of_rows(w, rows, n_rows) for w in where.any_of))
-    moved = {
+    moved: dict[str, Any] = {
         name: value[rows]
         for name in ("mask", "pos", "src")
         if isinstance(value := getattr(where, name), Tensor) and len(value) == n_rows

@@ -11,7 +11,10 @@ from interp.core.errors import ConfigError
 from interp.core.manager import HookManager
 from interp.steering.dose_rows import Doses, places_of
 
-__all__ = ["Line", "lines_of", "random_like"]
+__all__ = ["UNSTEERED", "Line", "lines_of", "random_like"]
+
+UNSTEERED = "unsteered"
+"""What results call the model as it is."""
 
 
 class Line(NamedTuple):
@@ -44,12 +47,14 @@ def lines_of(
         seed: of the random directions.
 
     Raises:
-        ConfigError: nothing that steers, or two lines of one name at one place.
+        ConfigError: nothing that steers, a name that is taken, or two lines of one name at one place.
         ModelError: a direction of another model.
     """
     named = dict(steers) if isinstance(steers, Mapping) else {_name(steers): steers}
     if not named:
         raise ConfigError("there is nothing that steers; give a Direction, or several by name")
+    if UNSTEERED in named:
+        raise ConfigError(f"{UNSTEERED!r} is what results call the model as it is; choose another name")
     found: list[Line] = []
     for name, one in named.items():
         if not callable(getattr(one, "as_interventions", None)):

@@ -21,7 +21,16 @@ from interp.core.where import Where
 from interp.steering.dose_rows import Block, Doses, blocks, edits_of, quiet_at_zero, takes_rows
 from interp.steering.fluency import compression, distinct_n, generated_ids, generated_perplexity, rows_within
 
-__all__ = ["AnswerMeasure", "Continued", "OnText", "TextMeasure", "blocks_for", "continue_prompts", "read_text"]
+__all__ = [
+    "AnswerMeasure",
+    "Continued",
+    "OnText",
+    "Sampling",
+    "TextMeasure",
+    "blocks_for",
+    "continue_prompts",
+    "read_text",
+]
 
 # Logits of unsteered text are kept up to so many bytes, and computed again beyond.
 _HELD_BYTES = 2**28
@@ -93,9 +102,7 @@ class TextMeasure:
     below 256 MB; and up to 256 MB of unsteered logits that are kept.
     """
 
-    def __init__(
-        self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int
-    ) -> None:
+    def __init__(self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int) -> None:
         self.hm, self.tokens, self.where = hm, tokens, where
         self.size = rows_within(hm, tokens.ids.shape[1], batch_size)
         counted = tokens.mask & ~hm.special_mask(tokens.ids)
@@ -138,6 +145,24 @@ class TextMeasure:
         return logits
 
 
+class Sampling(NamedTuple):
+    """How texts are generated.
+
+    Attributes:
+        where: the positions that steering acts on.
+        max_new_tokens: per prompt at most.
+        temperature: 0 is greedy.
+        seed: of the sampling; a row's draws depend on the rows beside it.
+        batch_size: rows per forward.
+    """
+
+    where: Where | None = None
+    max_new_tokens: int = 20
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 32
+
+
 class Continued(NamedTuple):
     """What was generated at each dose, and how fluent it is."""
 
@@ -153,11 +178,7 @@ def continue_prompts(
     tokens: Tokens,
     doses: Doses,
     *,
-    where: Where | None,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 32,
+    how: Sampling,
 ) -> Continued:
     """Generate from each prompt at each dose, and measure what comes out.
 
@@ -166,11 +187,7 @@ def continue_prompts(
         steers: what steers; None for the model as it is, at the doses' number.
         tokens: the prompts.
         doses: the doses.
-        where: the positions it acts on.
-        max_new_tokens: per prompt at most.
-        temperature: 0 is greedy.
-        seed: of the sampling; a row's draws depend on the rows beside it.
-        batch_size: rows per forward.
+        how: how much is generated, and how.
 
     Returns:
         Texts, perplexity under the unsteered model, distinct 1-, 2- and 3-grams and compression.
@@ -179,15 +196,15 @@ def continue_prompts(
     texts = [[""] * n for _ in range(k)]
     perplexity, packed = torch.full((k, n), math.nan), torch.full((k, n), math.nan)
     distinct = torch.full((k, n, 3), math.nan)
-    for block in blocks_for(steers, n, k, batch_size):
-        edits = edits_of(steers, doses, block, where=where, n_rows=n)
+    for block in blocks_for(steers, n, k, how.batch_size):
+        edits = edits_of(steers, doses, block, where=how.where, n_rows=n)
         with quiet_at_zero(doses, block):
             made = hm.generate(
                 tokens.take(block.rows),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=how.max_new_tokens,
                 write=edits,
-                temperature=temperature,
-                seed=seed,
+                temperature=how.temperature,
+                seed=how.seed,
             )
         perplexity[block.doses, block.rows] = generated_perplexity(hm, made)
         said = made.text if hm.tokenizer is not None else [str(row) for row in generated_ids(made)]

@@ -23,7 +23,15 @@ from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
 from interp.steering.dose_rows import Doses, read_doses
 from interp.steering.lines import Line, lines_of
-from interp.steering.measure import AnswerMeasure, Continued, OnText, TextMeasure, continue_prompts, read_text
+from interp.steering.measure import (
+    AnswerMeasure,
+    Continued,
+    OnText,
+    Sampling,
+    TextMeasure,
+    continue_prompts,
+    read_text,
+)
 from interp.steering.sweep_options import Limits, SweepOptions
 from interp.steering.sweep_result import SteeringSweep
 
@@ -66,9 +74,7 @@ def steering_sweep(
     """
     options = options or SweepOptions()
     amounts = read_doses(doses)
-    lines = lines_of(
-        hm, steers, amounts, controls=options.controls, together=options.together, seed=options.seed
-    )
+    lines = lines_of(hm, steers, amounts, controls=options.controls, together=options.together, seed=options.seed)
     job = _job(hm, prompts, options)
     done: list[tuple[Line, _Found]] = []
     total = sum(len(line.doses.values) for line in lines)
@@ -146,11 +152,7 @@ class _Job:
             steers,
             self.start,
             doses,
-            where=options.where,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=options.seed,
-            batch_size=options.batch_size,
+            how=Sampling(options.where, options.max_new_tokens, options.temperature, options.seed, options.batch_size),
         )
 
 
