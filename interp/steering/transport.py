@@ -21,7 +21,7 @@ from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
 from interp.steering.fit import concept_tokens
-from interp.steering.maps import KINDS, FeatureMaps, fit_maps, gap
+from interp.steering.maps import fit_maps, gap
 
 if TYPE_CHECKING:
     import pandas
@@ -69,9 +69,7 @@ class Transport(Result):
         """Short names of its sites, in the order of the forward pass."""
         return list(self.factor)
 
-    def as_interventions(
-        self, dose: float | Tensor | Dose = 1.0, *, where: Where | None = None
-    ) -> list[Intervention]:
+    def as_interventions(self, dose: float | Tensor | Dose = 1.0, *, where: Where | None = None) -> list[Intervention]:
         """Return the edits that carry activations to the target by a share, one per site.
 
         Args:
@@ -165,7 +163,9 @@ class Transport(Result):
         """Say what was mapped, and how near the source came to the target."""
         n, m = self.examples
         how = "each site under the maps before it" if self.incremental else "all sites at once"
-        lines = [f"{self.kind} maps of {self.name!r} at {len(self.factor)} sites, {how}; {n} source, {m} target examples"]
+        lines = [
+            f"{self.kind} maps of {self.name!r} at {len(self.factor)} sites, {how}; {n} source, {m} target examples"
+        ]
         lines += [f"{s}: distance {self.before[s]:.3g} → {self.after[s]:.3g}" for s in self.sites[:8]]
         if len(self.sites) > 8:
             lines.append("…")
