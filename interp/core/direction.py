@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -52,6 +52,7 @@ class Dose(NamedTuple):
         return dose
 
 
+@runtime_checkable
 class Steers(Protocol):
     """Whatever steers a model: a direction, a map, a clamped latent; one loop compares them all."""
 

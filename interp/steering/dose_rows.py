@@ -16,7 +16,7 @@ from interp.core.intervention import Intervention
 from interp.core.site import Site
 from interp.core.where import Where
 
-__all__ = ["Block", "Doses", "blocks", "edits_of", "places_of", "quiet_at_zero", "read_doses", "takes_rows"]
+__all__ = ["Block", "Doses", "blocks", "edits_of", "of_rows", "places_of", "quiet_at_zero", "read_doses", "takes_rows"]
 
 
 class Doses(NamedTuple):
@@ -98,7 +98,7 @@ def edits_of(
     dose = value if doses.unit == "raw" else Dose(value, doses.unit)
     if where is None:
         return steers.as_interventions(dose)
-    return steers.as_interventions(dose, where=_of_rows(where, block.rows, n_rows))
+    return steers.as_interventions(dose, where=of_rows(where, block.rows, n_rows))
 
 
 def places_of(steers: Steers) -> str:
@@ -120,12 +120,21 @@ def quiet_at_zero(doses: Doses, block: Block) -> Iterator[None]:
         yield
 
 
-def _of_rows(where: Where, rows: Tensor, n_rows: int) -> Where:
-    """The same selection for prompts that stand in other rows."""
+def of_rows(where: Where, rows: Int[Tensor, " r"], n_rows: int) -> Where:
+    """Return the same selection for prompts that stand in other rows.
+
+    Args:
+        where: the selection.
+        rows: which prompt stands in each row.
+        n_rows: how many prompts the selection is about.
+
+    Raises:
+        WhereError: it names rows.
+    """
     if where.rows is not None:
         raise WhereError(f"{where!r}: a sweep puts prompts on rows of its own; give the prompts you mean instead")
     if where.any_of:
-        return Where(any_of=tuple(_of_rows(w, rows, n_rows) for w in where.any_of))
+        return Where(any_of=tuple(of_rows(w, rows, n_rows) for w in where.any_of))
     moved: dict[str, Any] = {
         name: value[rows]
         for name in ("mask", "pos", "src")

@@ -29,6 +29,7 @@ __all__ = [
     "TextMeasure",
     "blocks_for",
     "continue_prompts",
+    "prompt_texts",
     "read_text",
 ]
 
@@ -42,6 +43,18 @@ def read_text(hm: HookManager, text: Inputs) -> Tokens:
     if tokens.position_ids is not None:
         raise DataError("packed documents cannot be put on rows of their own; give one document per row")
     return tokens
+
+
+def prompt_texts(hm: HookManager, given: Inputs, tokens: Tokens) -> list[str]:
+    """Return prompts as they were given, or as their tokens read."""
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
+        return list(given)[: len(tokens)]
+    rows = [ids[mask].tolist() for ids, mask in zip(tokens.ids.cpu(), tokens.mask.cpu(), strict=True)]
+    if hm.tokenizer is None:
+        return [str(row) for row in rows]
+    return [hm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 class AnswerMeasure:

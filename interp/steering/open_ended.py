@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from interp.core.where import Where
 from interp.steering.dose_rows import Doses, read_doses
 from interp.steering.judges import Judge, Judged, judged
 from interp.steering.lines import UNSTEERED, Line, lines_of
-from interp.steering.measure import Continued, Sampling, continue_prompts, read_text
+from interp.steering.measure import Continued, Sampling, continue_prompts, prompt_texts, read_text
 from interp.steering.open_ended_result import OpenEnded
 
 __all__ = ["OpenEndedOptions", "open_ended"]
@@ -98,7 +97,7 @@ def open_ended(
     amounts = read_doses(doses)
     lines = lines_of(hm, steers, amounts, controls=options.controls, together=options.together, seed=options.seed)
     tokens = read_text(hm, prompts)
-    scorer = _Scorer(hm, judges, tokens, options)
+    scorer = _Scorer(hm, judges, tokens, prompt_texts(hm, prompts, tokens), options)
     found = [scorer(None, Doses(torch.zeros(1), "raw"))]
     from tqdm import tqdm
 
@@ -122,14 +121,9 @@ class _Scorer:
     hm: HookManager
     judges: Mapping[str, Judge]
     tokens: Tokens
+    prompts: list[str]
     options: OpenEndedOptions
     missing: dict[str, int] = field(default_factory=dict)
-
-    @cached_property
-    def prompts(self) -> list[str]:
-        """The prompts as texts."""
-        rows = [ids[mask].tolist() for ids, mask in zip(self.tokens.ids, self.tokens.mask, strict=True)]
-        return [self.hm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def __call__(self, steers: Steers | None, doses: Doses) -> tuple[Float[Tensor, "aspect dose prompt"], Continued]:
         """The scores of every dose, and the texts."""

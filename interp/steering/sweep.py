@@ -19,9 +19,10 @@ from interp.core.manager import HookManager
 from interp.core.metrics import Metric, refuse_nan
 from interp.core.result import Provenance
 from interp.core.text import Tokens
+from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.steering.dose_rows import Doses, read_doses
+from interp.steering.dose_rows import Doses, of_rows, read_doses
 from interp.steering.lines import Line, lines_of
 from interp.steering.measure import (
     AnswerMeasure,
@@ -30,6 +31,7 @@ from interp.steering.measure import (
     Sampling,
     TextMeasure,
     continue_prompts,
+    prompt_texts,
     read_text,
 )
 from interp.steering.sweep_options import Limits, SweepOptions
@@ -118,6 +120,8 @@ class _Job:
     text: Tokens
     text_is: str
     start: Tokens | None
+    start_texts: list[str]
+    start_where: Where | None
     answers: AnswerMeasure | None
     on_text: TextMeasure
     questions: AnswerMeasure | None
@@ -152,7 +156,9 @@ class _Job:
             steers,
             self.start,
             doses,
-            how=Sampling(options.where, options.max_new_tokens, options.temperature, options.seed, options.batch_size),
+            how=Sampling(
+                self.start_where, options.max_new_tokens, options.temperature, options.seed, options.batch_size
+            ),
         )
 
 
@@ -168,10 +174,7 @@ def _job(hm: HookManager, prompts: Any, options: SweepOptions) -> _Job:
     else:
         metric = None if pairs is None else pairs.metric(options.metric)
     text = tokens if options.text is None else read_text(hm, options.text)
-    start = None
-    if options.n_generated:
-        start = tokens if options.generate_from is None else read_text(hm, options.generate_from)
-        start = start.take(torch.arange(min(options.n_generated, len(start))))
+    start, start_texts, start_where = _start(hm, prompts if pairs is None else None, tokens, options)
     size = options.batch_size
     answers = None
     if metric is not None:
@@ -187,12 +190,31 @@ def _job(hm: HookManager, prompts: Any, options: SweepOptions) -> _Job:
         text=text,
         text_is="the prompts" if options.text is None else "the text given",
         start=start,
+        start_texts=start_texts,
+        start_where=start_where,
         answers=answers,
         on_text=TextMeasure(hm, text, where=options.text_where, batch_size=size),
         questions=questions,
         options=options,
         notes=tuple(hm.notes_for(tokens)),
     )
+
+
+def _start(
+    hm: HookManager, given: Inputs | None, tokens: Tokens, options: SweepOptions
+) -> tuple[Tokens | None, list[str], Where | None]:
+    """The prompts that are continued, their texts, and where steering acts on them."""
+    if not options.n_generated:
+        return None, [], None
+    whole, own = tokens, options.generate_from is None
+    if not own:
+        given, whole = options.generate_from, read_text(hm, options.generate_from)
+    rows = torch.arange(min(options.n_generated, len(whole)))
+    start = whole.take(rows)
+    where = options.where
+    if where is not None and own:
+        where = of_rows(where, rows, len(whole))
+    return start, prompt_texts(hm, given, start), where
 
 
 def _pair_tokens(hm: HookManager, pairs: PromptPairs | PairTokens) -> PairTokens:
@@ -243,7 +265,7 @@ def _result(
         compression=torch.cat([found.said.compression for _, found in done]),
         base_compression=said.compression[0],
         base_question_accuracy=right,
-        prompts=_prompt_texts(job),
+        prompts=job.start_texts,
         texts=[found.said.texts[k] for _, found, k in cells],
         base_texts=said.texts[0],
         failed=_failed(made, said, right, limits),
@@ -264,15 +286,6 @@ def _failed(made: Mapping[str, Tensor], said: Continued, right: float, limits: L
         "questions": right - made["question_accuracy"] > limits.questions,
     }
     return [", ".join(name for name, flags in broken.items() if bool(flags[i])) for i in range(len(made["kl"]))]
-
-
-def _prompt_texts(job: _Job) -> list[str]:
-    if job.start is None:
-        return []
-    rows = [ids[mask].tolist() for ids, mask in zip(job.start.ids, job.start.mask, strict=True)]
-    if job.hm.tokenizer is None:
-        return [str(row) for row in rows]
-    return [job.hm.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 def _settings(lines: Sequence[Line], doses: Doses, job: _Job, options: SweepOptions) -> dict[str, Any]:
