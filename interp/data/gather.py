@@ -122,7 +122,7 @@ def gather(
 
     for rows in tqdm(batches, desc="activations", unit="batch", disable=_quiet(progress, len(batches))):
         part = _trimmed(data.take(rows))
-        out = hm.run(part.tokens, read=sites, write=write)
+        out = hm.run(part.tokens, read=[sites] if isinstance(sites, Site) else sites, write=write)
         read = part.read
         for site in out.sites:
             x = out[site]

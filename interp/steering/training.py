@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -92,6 +92,7 @@ class TrainedOptions:
         }
 
 
+@runtime_checkable
 class Trainee(Protocol):
     """What is trained at a site."""
 

@@ -12,6 +12,7 @@ from interp.core.errors import ConfigError, DataError
 from interp.core.manager import HookManager
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
+from interp.core.where import Where
 from interp.data.concept import Concept
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
@@ -35,7 +36,8 @@ def concept(name: str = "five", word: str = "w5", other: str = "w6", **more: Any
 
     fit = Contrast.make(texts(word, 0), texts(other, 20), paired=False, name=name)
     held = Contrast.make(texts(word, 12), texts(other, 40), paired=False, name=name)
-    return Concept(name, fit, held, words=more.pop("words", (word, "w7")), opposite=(other,), **more)
+    # Read at the word itself.
+    return Concept(name, fit, held, where=Where(pos=2), words=more.pop("words", (word, "w7")), opposite=(other,), **more)
 
 
 def oracle(hm: HookManager, data: ConceptTokens, site: Site, seed: int) -> Contender:
@@ -160,9 +162,9 @@ def test_a_text_is_scored_by_its_largest_token() -> None:
     x = torch.tensor([[0.0], [9.0], [1.0], [1.0], [2.0], [8.0], [3.0]])
     y = torch.tensor([1, 1, 1, 1, 0, 0, 0])
     held = Gathered(x, y, rows, rows, torch.full((7,), -1), ("negative", "positive"))
-    # Largest: 9 and 1 with the concept, 8 and 3 without it: two of four pairs are in order.
+    # Largest: 9 and 1 with the concept, 8 and 3 without it: two of four pairs are in order. Of −x: 0, −1, −2, −3.
     assert detection_scores(held, lambda v: v[:, 0]) == 0.5
-    assert detection_scores(held, lambda v: -v[:, 0]) == 0.75
+    assert detection_scores(held, lambda v: -v[:, 0]) == 1.0
 
 
 def test_words_of_a_concept_count_against_those_of_its_opposite() -> None:
