@@ -265,8 +265,8 @@ def _chat_lead(tokenizer: Any, question: str, system: str | None) -> str:
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     text = chat_tokens(tokenizer, messages).text
-    bos = getattr(tokenizer, "bos_token", None)
-    adds = bos is not None and list(tokenizer("a").input_ids)[:1] == [tokenizer.bos_token_id]
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    adds = bos and list(tokenizer("a").input_ids)[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(bos) if adds else text
 
 

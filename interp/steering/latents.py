@@ -78,7 +78,10 @@ def latent_direction(
             f"this dictionary sees activations through {space.normalize}, so how far a latent reaches depends on the "
             "token; give data=… to measure it"
         )
-    scale, hashed, stats, read_at = {}, (), {}, ""
+    scale: dict[str, SiteScale] = {}
+    stats: dict[str, dict[str, float]] = {}
+    hashed: tuple[Tensor, ...] = ()
+    read_at = ""
     if data is not None:
         rule = Where() if where is None and not isinstance(data, ConceptTokens) else where
         tokens = concept_tokens(hm, data, where=rule)
@@ -97,7 +100,7 @@ def latent_direction(
         method="latent",
         model=Provenance.of(hm, settings=settings, data=hashed),
         read_at=read_at,
-        scale={s: SiteScale(*v) for s, v in scale.items()},
+        scale=scale,
         stats=stats,
         name=f"latent {latent}",
         folded=hm.is_folded,
@@ -278,7 +281,8 @@ def _pooled(dictionary: Dictionary, held: Gathered, pool: str) -> tuple[Tensor, 
     if pool == "each":
         return made, held.y == 1, held.group
     rows, at = held.row.unique(return_inverse=True)
-    top = torch.full((len(rows), made.shape[1]), -math.inf).index_reduce_(0, at, made, "amax")
+    top = torch.full((len(rows), made.shape[1]), -math.inf)
+    top.scatter_reduce_(0, at[:, None].expand_as(made), made, "amax")
     label, group = torch.zeros(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.long)
     label[at], group[at] = held.y, held.group
     if not bool((label[at] == held.y).all()):

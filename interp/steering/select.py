@@ -223,22 +223,12 @@ def select_direction(
         kl.append((plain.exp() * (plain - ablated)).sum(-1))
         induce.append(_scored(score, _run(hm, absent, _adding(where, some, len(absent)), len(some))))
     figures = [torch.cat(held).double().cpu().reshape(len(vectors), -1).mean(1) for held in (bypass, induce, kl)]
-    last = how.depth * hm.n_layers
-    early = torch.tensor([(Site(s).layer or 0) < last for s in sites])
-    allowed = early & (figures[1] > how.min_induce) & (figures[2] < how.max_kl)
-    chosen = int(figures[0].masked_fill(~allowed, math.inf).argmin()) if bool(allowed.any()) else -1
-    name = candidates[0].name
-    if chosen < 0:
-        warnings.warn(
-            f"none of {len(vectors)} candidates for {name!r} has an induce score above {how.min_induce}, a KL below "
-            f"{how.max_kl} and a layer below {last:.3g}; nothing was chosen",
-            stacklevel=2,
-        )
+    allowed, chosen = _chosen(hm, sites, figures, how, candidates[0].name)
     settings = {"sites": sites, "labels": list(labels), "options": repr(how)}
     hashed = [t for tokens in (present, absent) for t in (tokens.ids, tokens.mask)]
     return DirectionChoice(
         provenance=Provenance.of(hm, settings=settings, data=hashed),
-        name=name,
+        name=candidates[0].name,
         sites=sites,
         labels=list(labels) or [""] * len(sites),
         vectors=vectors,
@@ -252,6 +242,23 @@ def select_direction(
         limits=(how.max_kl, how.min_induce, how.depth),
         folded=hm.is_folded,
     )
+
+
+def _chosen(
+    hm: HookManager, sites: list[str], figures: Sequence[Tensor], how: SelectOptions, name: str
+) -> tuple[Bool[Tensor, " candidate"], int]:
+    """Which candidates meet the limits, and the one of them with the lowest bypass score."""
+    last = how.depth * hm.n_layers
+    early = torch.tensor([(Site(s).layer or 0) < last for s in sites])
+    allowed = early & (figures[1] > how.min_induce) & (figures[2] < how.max_kl)
+    if bool(allowed.any()):
+        return allowed, int(figures[0].masked_fill(~allowed, math.inf).argmin())
+    warnings.warn(
+        f"none of {len(sites)} candidates for {name!r} has an induce score above {how.min_induce}, a KL below "
+        f"{how.max_kl} and a layer below {last:.3g}; nothing was chosen",
+        stacklevel=3,
+    )
+    return allowed, -1
 
 
 def token_log_odds(tokens: Sequence[int]) -> Score:

@@ -37,7 +37,9 @@ def concept(name: str = "five", word: str = "w5", other: str = "w6", **more: Any
     fit = Contrast.make(texts(word, 0), texts(other, 20), paired=False, name=name)
     held = Contrast.make(texts(word, 12), texts(other, 40), paired=False, name=name)
     # Read at the word itself.
-    return Concept(name, fit, held, where=Where(pos=2), words=more.pop("words", (word, "w7")), opposite=(other,), **more)
+    return Concept(
+        name, fit, held, where=Where(pos=2), words=more.pop("words", (word, "w7")), opposite=(other,), **more
+    )
 
 
 def oracle(hm: HookManager, data: ConceptTokens, site: Site, seed: int) -> Contender:

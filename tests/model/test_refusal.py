@@ -16,11 +16,7 @@ from interp.steering.orthogonal import orthogonalised, stream_writers
 from interp.steering.refusal import fit_refusal, instruction_tokens
 from interp.steering.select import SelectOptions, select_direction, token_log_odds
 from interp.testbed.nano import NanoOptions, nano
-from tests.checker import checked
 from tests.families import VOCAB, manager, word_tokenizer
-
-fit_refusal, select_direction, orthogonalised = (checked(f) for f in (fit_refusal, select_direction, orthogonalised))
-instruction_tokens = checked(instruction_tokens)
 
 BAD, REFUSES, TEMPLATE = range(60, 70), 100, "{% for m in messages %}w90 {{ m['content'] }} w91 w92{% endfor %}"
 

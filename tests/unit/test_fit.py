@@ -11,10 +11,6 @@ from torch import Tensor
 
 from interp.core.errors import DataError, ShapeError
 from interp.core.fit import Linear, auroc, lda, ledoit_wolf, logistic, mass_mean, principal
-from tests.checker import checked
-
-logistic, lda, mass_mean = (checked(f) for f in (logistic, lda, mass_mean))
-ledoit_wolf, principal, auroc = (checked(f) for f in (ledoit_wolf, principal, auroc))
 
 
 def examples(n: int, d: int, seed: int = 0, *fit: int) -> tuple[Tensor, Tensor]:
