@@ -1,6 +1,7 @@
 """What is compared: each method as a function of a concept's texts that returns what steers and what detects."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.direction import Direction, Dose, Steers
+from interp.core.errors import ConfigError, nearest
 from interp.core.manager import HookManager
 from interp.core.site import Site
 from interp.data.concept_tokens import ConceptTokens
@@ -63,17 +65,26 @@ def of_direction(method: str) -> Fit:
     return fit
 
 
-def trained_contender(method: str, options: TrainedOptions | None = None) -> Fit:
+def trained_contender(method: str, options: TrainedOptions | None = None, *, start: str | None = None) -> Fit:
     """Return "ssv" or "reft_r1" as a contender.
 
     Args:
         method: which.
         options: of the training; AxBench's by default.
+        start: a method of `fit_direction` that ReFT-r1 starts from; by default what the options say.
+
+    Raises:
+        ConfigError: another method.
     """
-    trainer = {"ssv": fit_ssv, "reft_r1": fit_reft_r1}[method]
+    trainers = {"ssv": fit_ssv, "reft_r1": fit_reft_r1}
+    if method not in trainers:
+        raise ConfigError(f"method={method!r}: {nearest(method, trainers) or 'expected ssv or reft_r1'}")
 
     def fit(hm: HookManager, data: ConceptTokens, site: Site, seed: int) -> Contender:
-        direction = trainer(hm, data, site, options=options, seed=seed)
+        chosen = options or TrainedOptions(progress=False)
+        if start is not None:
+            chosen = replace(chosen, start=fit_direction(hm, data, site, method=start, seed=seed))
+        direction = trainers[method](hm, data, site, options=chosen, seed=seed)
         return Contender(direction, along(direction))
 
     return fit

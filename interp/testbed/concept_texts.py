@@ -26,10 +26,6 @@ class _Kind(NamedTuple):
     opposite: tuple[str, ...]
 
 
-def _adjective_words(sign: int) -> tuple[str, ...]:
-    return lexicon.VALENCED[sign]
-
-
 def _of_topic(topic: str, *, other: bool) -> tuple[str, ...]:
     return tuple(w for n in lexicon.NOUNS if (n.topic != topic) == other for w in (n.singular, n.plural))
 
@@ -39,7 +35,7 @@ _PLURAL = (*(n.plural for n in lexicon.NOUNS if n.plural != n.singular), "are", 
 _SINGULAR = (*(n.singular for n in lexicon.NOUNS if n.plural != n.singular), "is", "was", "has")
 
 WORLD_CONCEPTS: Mapping[str, _Kind] = {
-    "liking": _Kind("sentiment", "positive", ("sentiment",), (), _adjective_words(1), _adjective_words(-1)),
+    "liking": _Kind("sentiment", "positive", ("sentiment",), (), lexicon.VALENCED[1], lexicon.VALENCED[-1]),
     "female": _Kind("gender", "female", ("pronoun",), (), _SHE, _HE),
     "plural": _Kind("number", "plural", ("agreement",), (), _PLURAL, _SINGULAR),
     "Velic": _Kind(
@@ -50,6 +46,10 @@ WORLD_CONCEPTS: Mapping[str, _Kind] = {
     ),
 }
 """The concepts by name: liking, female and plural have an opposite in every passage; Velic is told by single words."""
+
+
+_OPENING = ("agreement", "pronoun", "sentiment", "ioi", "fact", "years", "two_hop", "chain")
+_TOLD = {"gender", "number", "sentiment", "concept"}
 
 
 def world_concepts(
@@ -92,20 +92,26 @@ def world_concepts(
     return made
 
 
-def world_openings(n: int = 16, *, seed: int = 0) -> list[str]:
-    """Return beginnings of passages of several tasks, two or three words each: prompts that say little.
+def world_openings(n: int = 12, *, seed: int = 0) -> list[str]:
+    """Return beginnings of passages of several tasks, two or three words that say nothing of any concept: prompts.
 
     Args:
         n: how many, all different.
         seed: of the draw.
+
+    Raises:
+        DataError: more than there are.
     """
-    cases = [c for task in ("agreement", "pronoun", "ioi", "sentiment") for c in draw_cases(task, 8 * n, seed=seed)]
-    found = dict.fromkeys(
-        join(c.words[:size]) for i in range(8 * n) for size, c in [(2 + i % 2, cases[i :: 8 * n][i % 4])]
-    )
-    if len(found) < n:
-        raise DataError(f"there are {len(found)} openings; ask for no more than those")
-    return list(found)[:n]
+    found: dict[str, None] = {}
+    for round_ in range(40):
+        for task in _OPENING:
+            case = draw_cases(task, 1, seed=1000 * seed + round_)[0]
+            opening = case.words[: 2 + round_ % 2]
+            if not any(set(w.labels) & _TOLD for w in opening):
+                found[join(opening)] = None
+        if len(found) >= n:
+            return list(found)[:n]
+    raise DataError(f"there are {len(found)} openings; ask for no more than those")
 
 
 def _sides(
