@@ -129,7 +129,8 @@ def compare_methods(
     Perplexity is under the unsteered model; a text as likely as the concept's held-out texts, in which no two tokens
     follow each other twice, has fluency 2. The largest of more scores is larger: where texts with a concept are longer
     than those without it, a control detects it too, which is one more reason to look at the lead over it. Cost: a fit,
-    one pass over the held-out texts, and (doses · prompts) generations for each concept and method. Memory: 4 · tokens · d_model bytes of held-out activations.
+    one pass over the held-out texts, and (doses · prompts) generations for each concept and method. Memory: 4 · tokens
+    · d_model bytes of held-out activations.
 
     Args:
         hm: the model.

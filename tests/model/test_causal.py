@@ -133,6 +133,8 @@ def test_directions_without_variance_have_a_floor() -> None:
 def test_logit_scales_soft_caps_and_norms(family: str) -> None:
     hm = manager(family)
     geometry = causal_geometry(hm)
+    g = geometry.whiten(geometry.unembedding(torch.arange(VOCAB)))
+    torch.testing.assert_close(g.T.cov(correction=0), torch.eye(hm.d_model, dtype=torch.float64), atol=1e-5, rtol=0)
     concept = geometry.concept([(3, 50), (4, 60), (5, 70)])
     direction = geometry.steer(concept)
     assert bool(direction.notes[1:]) == (family == "Gemma2")

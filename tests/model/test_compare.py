@@ -94,17 +94,23 @@ def test_a_method_that_fails_is_empty_and_named(planted: MethodsTable) -> None:
     assert "not fitted: five / broken" in planted.summary()
 
 
-def test_the_factor_is_chosen_without_the_prompts_that_score(planted: MethodsTable) -> None:
+def test_the_factor_is_chosen_without_the_prompts_that_score() -> None:
     order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(0))
-    scoring = order[len(order) // 2 :].tolist()
+    scoring = [PROMPTS[i] for i in order[len(order) // 2 :].tolist()]
 
-    def factors(spoiled: list[int]) -> list[float]:
-        prompts = [f"{p} w6 w6" if i in spoiled else p for i, p in enumerate(PROMPTS)]
-        only = {"oracle": oracle, "random": METHODS["random"]}
-        found = compare_methods(manager("GPT2"), [concept()], SITE, prompts=prompts, methods=only, options=OPTIONS)
-        return found.factor[:, 0].tolist()
+    def judge_of(given: Concept) -> Any:
+        def score(item: Judged) -> float:
+            steered = "w7 w7" in item.text
+            return 2.0 * steered if item.prompt in scoring else 0.001 * (not steered)
 
-    assert factors(scoring) == factors([]) == planted.factor[[0, 3], 0].tolist()
+        return lambda items: [score(item) for item in items]
+
+    only = {"oracle": oracle}
+    found = compare_methods(
+        manager("GPT2"), [concept()], SITE, prompts=PROMPTS, methods=only, options=OPTIONS, judge=judge_of
+    )
+    # Over all prompts the large factor is by far the better one; on those that choose, the small one is.
+    assert float(found.factor) == 0.01 and float(found.steering) < 0.5
 
 
 def test_one_seed_gives_one_table(planted: MethodsTable) -> None:
@@ -254,6 +260,7 @@ def test_probes_detect_the_concepts_of_the_small_world_and_controls_do_not(world
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:method='lat' found something else:UserWarning")
 def test_every_method_runs_on_the_small_world(world: list[Concept]) -> None:
     hm = HookManager.load("testbed")
     given = world_concepts(("female", "Velic"))
@@ -262,7 +269,7 @@ def test_every_method_runs_on_the_small_world(world: list[Concept]) -> None:
     assert bool(found.steering.isfinite().all()) and float(found.fluency.max()) <= 2.0
     female = found.steering[:, 0]
     best = found.methods.index("logistic")
-    assert float(female[best]) > float(found.unsteered[0]) and float(female[best]) > float(female[-2:].max())
+    assert float(female[best]) > float(found.unsteered[0]) and float(found.detection[best].min()) > 0.95
 
 
 @pytest.mark.usefixtures("unchecked")
