@@ -67,7 +67,7 @@ class DirectPath:
         with torch.no_grad():
             unembed, x = readout.unembed, wide(resid)
             at = columns.to(unembed.weight.device)
-            rows = wide(unembed.weight.index_select(0, at)).to(x.device)
+            rows = wide(unembed.weight.index_select(0, at)).to(x)
             share = weights.to(x) * readout.scale
             direction = share @ rows
             none = direction.new_zeros(len(direction))
