@@ -1,12 +1,12 @@
 """`interp attribute`: estimate what patching every node, or every edge, of a model does; verify the best exactly."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from interp.cli.lines import read_line, refuse, tell
-from interp.cli.pairs import LineFlags, MetricName, PairsConfig, ResultFolder, open_model, open_pairs, say
+from interp.cli.pairs import MetricName, PairsConfig, open_pairs
+from interp.cli.results import LineFlags, ResultFolder, open_model, say, write_result
 from interp.core.errors import ConfigError, InterpError
 
 if TYPE_CHECKING:
@@ -119,21 +119,6 @@ def main(argv: list[str]) -> int:
     record = {"out": cfg.out, "files": [str(f) for f in files], "top": _top(found)}
     say("\n".join([text, *map(str, files)]), record, as_json=line.json_output)
     return 0
-
-
-def write_result(folder: ResultFolder, found: "Result", table: str, page: str, *, name: str = "result") -> list[Path]:
-    """Write a result as a table, a page and the folder that `Result.load` reads.
-
-    Args:
-        folder: where to.
-        found: the result.
-        table, page, name: what the files and the folder are called.
-    """
-    return [
-        folder.write(table, found.to_frame().to_csv(index=False)),
-        found.to_html(folder.path / page),
-        found.save(folder.path / name, overwrite=True),  # the folder is new, emptied, or gone on with
-    ]
 
 
 def _scored(hm: "HookManager", pairs: "PromptPairs", cfg: AttributeConfig) -> "Result":

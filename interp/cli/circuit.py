@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from interp.cli.attribute import PathName, Rule, write_result
+from interp.cli.attribute import PathName, Rule
 from interp.cli.lines import read_line, refuse, tell
-from interp.cli.pairs import LineFlags, MetricName, PairsConfig, PairsOptions, ResultFolder, open_model, open_pairs, say
+from interp.cli.pairs import MetricName, PairsConfig, PairsOptions, open_pairs
+from interp.cli.results import LineFlags, ResultFolder, open_model, say, write_result
 from interp.core.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:

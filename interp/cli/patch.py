@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from pydantic import Field, model_validator
 
-from interp.cli.attribute import write_result
 from interp.cli.lines import read_line, refuse, tell, value_on
-from interp.cli.pairs import LineFlags, PairsConfig, ResultFolder, open_model, open_pairs, say, settings_in
+from interp.cli.pairs import PairsConfig, open_pairs
+from interp.cli.results import LineFlags, ResultFolder, open_model, say, settings_in, write_result
 from interp.core.errors import ConfigError, InterpError
 from interp.core.settings import read_yaml
 

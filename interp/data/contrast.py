@@ -94,8 +94,8 @@ class Contrast:
         if groups is not None:
             two = len(groups) == 2 and all(isinstance(side, list | tuple) for side in groups)
             groups = tuple(tuple(side) for side in (groups if two else (groups, groups)))
-        sides = (tuple(Prompt(t) if isinstance(t, str) else t for t in texts) for texts in (positive, negative))
-        return cls(*sides, pairs, groups, name)
+        a, b = (tuple(Prompt(t) if isinstance(t, str) else t for t in texts) for texts in (positive, negative))
+        return cls(a, b, pairs, groups, name)
 
     @classmethod
     def of_pairs(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.core.disk import weights_digest
-from interp.core.errors import ModelError, SiteError
+from interp.core.errors import DataError, ModelError, SiteError
 from interp.core.manager import HookManager
 from interp.core.result import Provenance, Result
 from interp.core.site import Site
@@ -203,11 +203,14 @@ def tuned_lens(
         fitted on a model without training.
 
     Raises:
+        DataError: No lens.
         ModelError: A lens of another model.
         SiteError: A site that the lens has no map of.
 
     Source: see the module's text.
     """
+    if not isinstance(lens, TunedLens):
+        raise DataError(f"lens is a {type(lens).__name__}: expected what fit_tuned_lens returned, or TunedLens.load(…)")
     lens.check(hm)
     chosen = [Site(place) for place in lens.places] if sites is None else residual_sites(hm, sites)
     unknown = [site.short for site in chosen if site.short not in lens.places]

@@ -422,6 +422,8 @@ def test_results_have_tables_figures_and_files(tmp_path: File) -> None:
     assert torch.equal(EdgeScores.load(tmp_path / "1").scores, edges.scores)
     assert torch.equal(ScreenResult.load(tmp_path / "2").exact.isnan(), screened.exact.isnan())
     assert len(nodes.scatter(exact).data[1].x) == 16 and nodes.agreement(exact)[0] > 0.9
+    with pytest.warns(UserWarning, match="estimates of mode 'noise' and patches of mode 'denoise'"):
+        attribute(hm, pairs, mode="noise").agreement(exact)
     table = nodes.to_frame()
     assert list(table.node[:2]) == ["0.z[0]", "0.z[1]"] and "span end" in table
     spans = torch.stack([nodes.spans["end"][place] for place in nodes.places])

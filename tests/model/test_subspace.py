@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from interp.core.errors import ShapeError, WhereError
+from interp.core.errors import ConfigError, ShapeError, WhereError
 from interp.core.intervention import Replace
 from interp.core.manager import HookManager
 from interp.core.site import Site
@@ -255,5 +255,7 @@ def test_bad_subspaces_are_refused_with_what_to_do() -> None:
         subspace_patch(hm, pairs, "0.resid_post", torch.ones(16), where=Where(rows=0, pos=0))
     with pytest.raises(ValueError, match="one site with positions"):
         subspace_patch(hm, pairs, "*.resid_post", torch.ones(16), where="spot")
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        subspace_patch(hm, pairs, "0.resid_post", torch.ones(16), where="spot", batch_size=0)
     with pytest.raises(WhereError, match="one head, or all"):
         Interchange.of(hm, pairs, "0.z", where=Where(name="spot", head=[0, 1]))

@@ -217,8 +217,11 @@ def test_a_lens_of_another_model_is_refused() -> None:
         tuned_lens(HookManager.load(make("GPT2", seed=1), word_tokenizer()), tokens(), lens)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_fitted_or_read_is_refused() -> None:
     hm = manager("GPT2")
+    with pytest.raises(DataError, match="lens is a NoneType"):
+        tuned_lens(hm, tokens(), None)  # type: ignore[arg-type]
     with pytest.raises(SiteError, match="nothing to fit"):
         TunedLens.identity(hm, ["2.resid_post"])
     with pytest.raises(SiteError, match="logit lens reads"):

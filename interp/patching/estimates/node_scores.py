@@ -1,5 +1,6 @@
 """`AttributionResult`: estimated effects of patching nodes, per unit, position, span and example."""
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -105,9 +106,20 @@ class AttributionResult(Result):
         Args:
             exact: patches of the same pairs: head by head over all positions, or position by position.
 
+        Warns:
+            that one estimates the corrupted run mended and the other patches the clean one, or the other way round.
+
         Raises:
             SiteError: they have no place in common.
         """
+        mode = self.method.rpartition(", ")[2]
+        swept = "noise" if exact.mode == "noise" else "denoise"
+        if mode in ("denoise", "noise") and mode != swept:
+            warnings.warn(
+                f"these are estimates of mode {mode!r} and patches of mode {swept!r}, which differ by more than the "
+                f"estimate's error; estimate with mode={swept!r}, or patch with PatchOptions(mode={mode!r})",
+                stacklevel=3,
+            )
         mean, estimates, effects = exact.effect.mean(-1), [], []
         for row, site in enumerate(exact.sites):
             if site not in self.totals:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import ShapeError, SiteError, WhereError
+from interp.core.errors import ConfigError, ShapeError, SiteError, WhereError
 from interp.core.intervention import Add, Intervention, Replace
 from interp.core.manager import HookManager
 from interp.core.metrics import Metric, answer_logits
@@ -142,9 +142,12 @@ class Interchange:
         """Run both sides once and keep what they have there.
 
         Raises:
+            ConfigError: no pairs in a forward.
             SiteError: a site without one position axis, or several sites.
             WhereError: a pair where nothing is selected, or where the sides select different numbers of positions.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}: expected at least 1 pair per forward")
         made = pairs.tokens(hm, same_length=False) if isinstance(pairs, PromptPairs) else pairs
         sites = hm.atlas.expand(site)
         if len(sites) != 1 or sites[0].axes[1] != "pos" or sites[0].where is not None:
