@@ -220,10 +220,10 @@ def test_labels_of_the_small_world_are_read_above_their_controls() -> None:
     assert found.get("auroc").low > 0.95 and found.get("selectivity").low > 0.1
     assert abs(found.get("auroc", task="shuffled").mean - 0.5) < 0.15
     # What is said with liking is a matter of context: the embedding hardly has it, the stream does.
-    hm, data = world("sentiment", 250)
+    hm, data = world("sentiment", 400)
     found = fit_probe(hm, data, ["0.resid_pre", "1.resid_post"], options=FEW)
     here, there = (found.get("auroc", site=site) for site in found.sites)
-    assert found.best == "1.resid_post" and there.low > 0.9 > 0.85 > here.mean
+    assert found.best == "1.resid_post" and there.low > 0.9 > here.mean + 0.1
 
 
 def test_a_concept_of_the_world_says_its_classes_and_refuses_what_is_not_there() -> None:
