@@ -113,6 +113,7 @@ def gather(
         raise ConfigError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: expected at least 1 row")
+    wanted = [sites] if isinstance(sites, str | Site) else sites
     pooled = _pooled_labels(data) if pool != "each" else None
     order = data.tokens.lengths.argsort(stable=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -122,7 +123,7 @@ def gather(
 
     for rows in tqdm(batches, desc="activations", unit="batch", disable=_quiet(progress, len(batches))):
         part = _trimmed(data.take(rows))
-        out = hm.run(part.tokens, read=sites, write=write)
+        out = hm.run(part.tokens, read=wanted, write=write)
         read = part.read
         for site in out.sites:
             x = out[site]

@@ -13,9 +13,9 @@ from interp.core.fit import Linear, logistic
 __all__ = ["RANKINGS", "SEARCHES", "Standard", "choose_units", "rank_units", "refit", "set_losses", "swap_search"]
 
 SEARCHES = ("ranked", "swap", "adaptive")
-"""ranked: the k best of the ranking. swap: from those, or from the previous k's and what helps them most (the better of
-the two), exchange one unit for another while that lowers the loss. adaptive: fit many, keep the half with the largest weights, fit again, down
-to k."""
+"""ranked: the k best of the ranking. adaptive: fit many, keep the half with the largest weights, fit again, down to k.
+swap: from either of these, or from the previous k's and what helps them most (the best of the three), exchange one unit
+for another while that lowers the loss."""
 
 _BYTES = 2**28  # of examples in double precision that a call of the solver holds
 _STILL = 1e-6  # of a unit's own size: what varies less is one value with rounding
@@ -273,9 +273,10 @@ def choose_units(
 
 def _swapped(x: Tensor, y: Tensor, sizes: Sequence[int], prefilter: int, l2: float) -> list[Int[Tensor, " _"]]:
     found: list[Tensor] = []
-    for k in sizes:
+    joint = _adaptive(x, y, sizes, l2)  # finds units that tell only together, which a ranking cannot
+    for i, k in enumerate(sizes):
         pool = torch.arange(min(max(prefilter, k), x.shape[1]))
-        starts = [pool[:k]]
+        starts = [pool[:k], joint[i]]
         if found:
             starts.append(_grown(x, y, found[-1], k, pool, l2))
         losses = set_losses(x, y, torch.stack(starts), l2=l2)

@@ -198,7 +198,7 @@ def _site_probes(read: Examples, site: str, sizes: list[int], ranking: str, how:
     alone = alone[own.rank[alone] > -torch.inf]
     single = _probed(x, read, y, [unit[None] for unit in alone], how, weights)[1]
     return _Found(
-        units=torch.stack([_padded(units, width, -1) for units in own.sets]),
+        units=torch.stack([_padded(units, width, -1.0) for units in own.sets]),
         weights=torch.stack([_padded(p.weight[0], width, 0.0) for p in own.probes]),
         biases=torch.cat([p.bias for p in own.probes]),
         values=group_intervals(draws.permute(2, 0, 1, 3)),

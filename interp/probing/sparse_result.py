@@ -216,6 +216,6 @@ class SparseProbes(Result):
             lines.append(
                 f"k = {k}, {site} ({names}): MCC {self.get('mcc', k, site=site)}, AUROC "
                 f"{self.get('auroc', k, site=site)}; control task MCC {control}, selectivity "
-                f"{self.get('selectivity', k, site=site)}; {same:.0%} of the choice is the same on other halves of the data"
+                f"{self.get('selectivity', k, site=site)}; {same:.0%} of the choice comes again on other halves"
             )
         return "\n".join([*lines, *self.notes])
