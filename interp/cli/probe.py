@@ -52,15 +52,20 @@ class ProbeData(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> "ProbeData":
-        if sum(given is not None for given in (self.label, self.file, self.folder)) != 1:
-            raise ValueError("give one of label, file and folder")
+        if len(self.sources) > 1:
+            raise ValueError(f"give one of label, file and folder, got {' and '.join(self.sources)}")
         return self
+
+    @property
+    def sources(self) -> list[str]:
+        """Which of label, file and folder are given."""
+        return [name for name in ("label", "file", "folder") if getattr(self, name) is not None]
 
 
 class ProbeConfig(ModelConfig):
     """Probe a model for what labelled data tells apart."""
 
-    data: ProbeData = ProbeData(label="gender")
+    data: ProbeData = ProbeData()
     sites: list[str] = Field(default=["*.resid_post"], min_length=1, description="sites or globs; *.post are neurons")
     kind: _Kind = Field(default="logistic", description="how a linear probe is fitted")
     k: list[int] | None = Field(
@@ -114,6 +119,8 @@ def main(argv: list[str]) -> int:
     try:
         line = read_line(ProbeLine, ProbeConfig, argv, prog="interp probe", stand_in=_STAND_IN)
         cfg = line.settings()
+        if not cfg.data.sources:
+            return refuse("nothing to probe for: give --data.label, --data.file or --data.folder")
         folder = ResultFolder(cfg.out, force=line.force)
     except ConfigError as err:
         return refuse(str(err))

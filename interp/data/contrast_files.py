@@ -68,10 +68,9 @@ def contrast_from_file(
         sides[said].append((str(_value(row, text, file, line)), belongs))
     if not sides[True] or not sides[False]:
         raise DataError(f"{file}: all labels are {', '.join(values)}; a contrast needs texts of both kinds")
-    groups = tuple(tuple(g for _, g in sides[side]) for side in (True, False))
-    return Contrast(
-        tuple(t for t, _ in sides[True]),  # type: ignore[arg-type]
-        tuple(t for t, _ in sides[False]),  # type: ignore[arg-type]
+    texts, groups = ([tuple(pair[i] for pair in sides[side]) for side in (True, False)] for i in (0, 1))
+    return Contrast.make(
+        *texts,
         paired=False,
         groups=None if group is None else (groups[0], groups[1]),
         name=file.stem if name is None else name,

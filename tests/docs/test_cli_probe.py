@@ -70,7 +70,7 @@ def test_few_neurons_leave_a_table_of_neurons(tmp_path: Path, capfd: pytest.Capt
     said = json.loads(capfd.readouterr().out)
     held = SparseProbes.load(out / "result")
     assert said["best"]["4"]["units"] == held.chosen(4) and len(held.chosen(4)) == 4
-    rows = list(csv.DictReader((out / "neurons.csv").open()))
+    rows = list(csv.DictReader((out / "neurons.csv").read_text().splitlines()))
     assert len(rows) == 10 and {"site", "layer", "unit", "mcc"} <= set(rows[0])
 
 
@@ -79,7 +79,11 @@ def test_tables_of_a_folder_are_probed_and_tried_on_one_another(
 ) -> None:
     folder, out = tmp_path / "data", tmp_path / "out"
     folder.mkdir()
-    words = {row["label"] for name in "ab" for row in csv.DictReader(table(folder / f"{name}.csv", name == "b").open())}
+    words = {
+        row["label"]
+        for name in "ab"
+        for row in csv.DictReader(table(folder / f"{name}.csv", name == "b").read_text().splitlines())
+    }
     positive = sorted(words)[0]
     line = [
         "probe",
@@ -119,7 +123,7 @@ def test_a_dry_run_says_what_would_be_probed_and_the_shipped_config_is_read(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--data.file", "x.csv"], 2, "give one of label, file and folder"),
+        (["--data.file", "x.csv"], 2, "give one of label, file and folder, got label and file"),
         (["--kind", "svm"], 2, "svm"),
         (["--k", "0"], 2, "at least 1"),
         (["--data.label", "gendr"], 1, "did you mean 'gender'"),
@@ -130,9 +134,11 @@ def test_wrong_lines_are_refused_in_one_line_and_leave_nothing(
     words: list[str], code: int, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["probe", *LABEL, *words, "--out", str(tmp_path / "out")]) == code
-    err = capfd.readouterr().err
+    err = " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert message in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+    assert main(["probe", "--model", "testbed", "--out", str(tmp_path / "out")]) == 2
+    assert "give --data.label" in capfd.readouterr().err
 
 
 def test_a_table_is_read_with_its_groups_and_what_is_wrong_with_it_is_said(tmp_path: Path) -> None:
