@@ -30,16 +30,16 @@ LABEL = [
 ]
 
 
-def table(path: Path, held_out: bool, n: int = 24) -> Path:
-    """Texts of the small world that end in what was liked or not, as a table."""
-    pairs = task_pairs("sentiment", n, held_out=held_out)
+LIKED = ("glad", "success", "loved", "recommend", "positive")
+
+
+def table(path: Path, *, held_out: bool, n: int = 40) -> None:
+    """Texts of the small world that end in whether something was liked, as a table."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label", "group"])
-        for i, pair in enumerate(pairs):
-            said = pair.answers[0].strip()
-            writer.writerow([f"{pair.clean.text}{pair.answers[0]}", said, i])
-    return path
+        for i, pair in enumerate(task_pairs("sentiment", n, held_out=held_out)):
+            writer.writerow([f"{pair.clean.text}{pair.answers[0]}", pair.answers[0].strip() in LIKED, f"g{i}"])
 
 
 def test_a_label_leaves_scores_a_page_a_result_and_a_direction(
@@ -79,12 +79,8 @@ def test_tables_of_a_folder_are_probed_and_tried_on_one_another(
 ) -> None:
     folder, out = tmp_path / "data", tmp_path / "out"
     folder.mkdir()
-    words = {
-        row["label"]
-        for name in "ab"
-        for row in csv.DictReader(table(folder / f"{name}.csv", name == "b").read_text().splitlines())
-    }
-    positive = sorted(words)[0]
+    for name in "ab":
+        table(folder / f"{name}.csv", held_out=name == "b")
     line = [
         "probe",
         "--model",
@@ -96,14 +92,14 @@ def test_tables_of_a_folder_are_probed_and_tried_on_one_another(
         "--n-bootstrap",
         "20",
     ]
-    assert main([*line, "--data.positive", positive, "--out", str(out), "--json"]) == 0
+    assert main([*line, "--out", str(out), "--json"]) == 0
     said = json.loads(capfd.readouterr().out)
     assert set(said["probes"]) == {"a", "b"}
     across = Transfer.load(out / "transfer")
     assert across.probes == across.datasets == ["a", "b"] and (out / "a" / "direction.safetensors").is_file()
     assert main([*line, "--k", "2", "--out", str(tmp_path / "k")]) == 2
     assert "no folder" in capfd.readouterr().err
-    assert main([*line, "--out", str(tmp_path / "no")]) == 1
+    assert main([*line, "--data.label-column", "group", "--out", str(tmp_path / "no")]) == 1
     assert "Give positive" in capfd.readouterr().err and not (tmp_path / "no").exists()
 
 
