@@ -66,6 +66,12 @@ class Examples:
         """The examples of the first site; all sites have the same ones but for their activations."""
         return next(iter(self.held.values()))
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Examples to fit on, to choose on, to test on; and groups of the test."""
+        test = self.at(TEST)
+        return len(self.at(FIT)), len(self.at(VALIDATION)), len(test), len(self.first.group[test].unique())
+
     def at(self, *parts: int) -> Int[Tensor, " m"]:
         """Numbers of the examples of some parts."""
         return torch.isin(self.part, torch.tensor(parts)).nonzero()[:, 0]

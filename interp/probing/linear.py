@@ -125,7 +125,7 @@ def fit_probe(
         biases={site: s.probe.bias for site, s in found.items()},
         penalties=torch.stack([s.penalties for s in found.values()]),
         scales={site: s.scales for site, s in found.items()},
-        sizes=(*(len(read.at(part)) for part in (FIT, VALIDATION, TEST)), len(first.group[test].unique())),
+        sizes=read.sizes,
         test_groups=first.group[test].unique(),
         folded=hm.is_folded,
         read_at=_read_at(data, where),

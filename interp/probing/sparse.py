@@ -334,7 +334,7 @@ def _result(
         n_units=[f.n_units for f in all_of],
         n_dead=[f.n_dead for f in all_of],
         majority=float((first.y[test] == common).double().mean()),
-        sizes=(*(len(read.at(part)) for part in (FIT, VALIDATION, TEST)), len(first.group[test].unique())),
+        sizes=read.sizes,
         notes=list(read.notes),
         provenance=Provenance.of(hm, settings=settings, data=(t.ids, t.mask, read.data.labels), seed=how.seed),
     )
