@@ -12,6 +12,7 @@ from interp.core.classify import METRICS
 from interp.core.direction import Direction
 from interp.core.errors import ConfigError, DataError, ModelError, ShapeError, SiteError
 from interp.core.manager import HookManager
+from interp.core.reinit import reinitialised
 from interp.core.result import Result
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
@@ -224,6 +225,32 @@ def test_labels_of_the_small_world_are_read_above_their_controls() -> None:
     found = fit_probe(hm, data, ["0.resid_pre", "1.resid_post"], options=FEW)
     here, there = (found.get("auroc", site=site) for site in found.sites)
     assert found.best == "1.resid_post" and there.low > 0.9 > here.mean + 0.1
+
+
+@pytest.mark.slow
+def test_a_model_of_random_weights_has_what_words_have_and_no_more() -> None:
+    hm, data = world("sentiment", 400)
+    trained, random = (
+        fit_probe(model, data, ["0.resid_pre", "2.resid_post"], options=FEW).get("auroc", site="2.resid_post")
+        for model in (hm, reinitialised(hm))
+    )
+    assert trained.low > random.high and random.mean < 0.85
+
+
+@pytest.mark.slow
+def test_intervals_of_probes_cover_what_the_probe_reaches_on_endless_data() -> None:
+    covered = 0
+    for seed in range(60):
+        x, y, _ = shifted(400, 4, 1.5, seed=seed)
+        data = planted_rows(torch.arange(400).reshape(100, 4), y.reshape(100, 4))
+        found = fit_probe(planted(x), data, SITE, options=ProbeOptions(seed=seed, n_bootstrap=200, l2=(10.0,)))
+        # The class is further along a direction of its own in every draw, of which `shifted` gives more with the seed.
+        more = torch.randn(20000, 4, generator=torch.Generator().manual_seed(10_000 + seed))
+        classes = torch.arange(20000) % 2
+        v = shifted(2, 4, 1.5, seed=seed)[2]
+        truth = float(((detect(found, more + 1.5 * classes[:, None] * v) > 0) == (classes == 1)).double().mean())
+        covered += int(found.get("accuracy").low <= truth <= found.get("accuracy").high)
+    assert 50 <= covered <= 60
 
 
 def test_a_concept_of_the_world_says_its_classes_and_refuses_what_is_not_there() -> None:
