@@ -186,6 +186,8 @@ def _site_probes(read: Examples, site: str, sizes: list[int], ranking: str, how:
     held = read.held[site]
     x = held.x.reshape(len(held), -1)
     fit, test = read.at(FIT), read.at(TEST)
+    if not bool(Standard.of(x[fit]).alive.any()):
+        raise DataError(f"no unit of {site} changes on the examples of {read.data.name!r}, so none can be chosen")
     weights = group_draws(held.group[test], n_bootstrap=how.n_bootstrap, seed=how.seed)
     made = {task: _task(x, read, labels == 1, sizes, ranking, how, weights) for task, labels in read.labels.items()}
     own, y = made["probe"], read.labels["probe"] == 1

@@ -9,6 +9,7 @@ from torch import Tensor
 from interp.core.errors import ConfigError, DataError, SiteError
 from interp.core.result import Result
 from interp.data.contrast import Contrast
+from interp.data.gather import gather
 from interp.dictionaries.topk import TopKConfig, TopKSAE
 from interp.probing.detect import detect
 from interp.probing.linear import ProbeOptions, fit_probe
@@ -83,10 +84,18 @@ def test_pruning_tells_three_neurons_from_a_concept_that_many_hold() -> None:
 def test_latents_of_a_dictionary_are_units() -> None:
     hm = manager("GPT2")
     dictionary = TopKSAE(TopKConfig(d_in=hm.d_model, d_sae=40, k=8, metadata={"hook_name": "blocks.0.hook_resid_post"}))
-    texts = [f"w{i} w{j} w1" for i in range(2, 10) for j in range(2, 10)]
+    texts = [f"w{i} w{j}" for i in range(2, 10) for j in range(2, 10)]
     data = Contrast.make(texts[:32], texts[32:], paired=False)
-    found = sparse_probe(hm, data, k=(2,), dictionary=dictionary, options=FEW)
+    with pytest.raises(DataError, match=r"no unit of 0.resid_post changes"):
+        sparse_probe(hm, data, k=(2,), dictionary=dictionary, options=FEW)  # its weights are zero yet
+    x = gather(hm, data.tokens(hm), "0.resid_post")["0.resid_post"].x
+    dictionary.init_from(x, seed=0)
+    found = sparse_probe(hm, data, k=(40,), dictionary=dictionary, options=FEW)
     assert found.sites == ["0.resid_post"] and found.kind == "latent" and found.n_units == [40]
+    with torch.no_grad():
+        latents = dictionary.encode(x)
+    fires = (latents.amax(0) > latents.amin(0)).nonzero()[:, 0].tolist()
+    assert set(found.chosen(40)) <= set(fires) and len(found.chosen(40)) + found.n_dead[0] == 40
     with pytest.raises(ConfigError, match="reads one site"):
         sparse_probe(hm, data, ["0.resid_post", "1.resid_post"], dictionary=dictionary)
     with pytest.raises(ConfigError, match="which sites"):
@@ -95,14 +104,14 @@ def test_latents_of_a_dictionary_are_units() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_sizes_classes_and_names_are_refused() -> None:
-    x, y = neurons(120, 30)
+    x, y = neurons(120)
     hm, data = planted(x), planted_rows(*rows(y))
     with pytest.raises(ConfigError, match="at least 1"):
         sparse_probe(hm, data, SITE, k=(0, 1))
     with pytest.raises(ConfigError, match="did you mean 'mutual_information'"):
         sparse_probe(hm, data, SITE, ranking="mutual-information")
     with pytest.raises(DataError, match="choose one with"):
-        sparse_probe(hm, planted_rows(data.tokens.ids, data.tokens.ids % 3, classes="abc"), SITE, k=(1,))
+        sparse_probe(hm, planted_rows(data.tokens.ids, data.tokens.ids % 3, classes=("a", "b", "c")), SITE, k=(1,))
     with pytest.raises(ConfigError, match="prefilter=0"):
         SparseOptions(prefilter=0)
     found = sparse_probe(hm, data, SITE, k=(1,), options=FEW)
