@@ -132,7 +132,7 @@ def test_a_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
     from interp.cli.capture import CaptureConfig
     from interp.cli.circuit import CircuitConfig
     from interp.cli.patch import PatchConfig
-from interp.cli.probe import ProbeConfig
+    from interp.cli.probe import ProbeConfig
     from interp.train.build_testbed import BuildConfig
     from interp.train.config import TrainConfig
 
