@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
@@ -127,7 +127,8 @@ def _switches(config: type[BaseModel]) -> set[str]:
 
 def _lists(config: type[BaseModel]) -> set[str]:
     """The options that take several values."""
-    return {f"--{name}" for name, kind in _options(config) if get_origin(kind) in (list, tuple)}
+    kinds = {name: (kind, *get_args(kind)) for name, kind in _options(config)}  # a list, or a list or None
+    return {f"--{name}" for name, parts in kinds.items() if any(get_origin(part) in (list, tuple) for part in parts)}
 
 
 def _line_with_defaults(

@@ -25,6 +25,7 @@ VERBS = {
     "eval": Verb("interp.cli.evaluate", "measure trained dictionaries in every way that applies: one table, one page"),
     "export": Verb("interp.cli.export", "write trained dictionaries as circuit-tracer, sparsify or SAELens read them"),
     "patch": Verb("interp.cli.patch", "patch activations of one prompt into another, every place in turn, exactly"),
+    "probe": Verb("interp.cli.probe", "probe activations, or few neurons, for a concept; beside controls, held out"),
     "show": Verb("interp.cli.show", "write a trained dictionary as one page: figures, curves, latents to look through"),
     "sites": Verb("interp.cli.sites", "list the sites of a model with shapes and definitions, from its config alone"),
     "steer": Verb("interp.cli.steer", "fit a direction with its controls; measure what doses of it do and cost"),

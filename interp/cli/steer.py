@@ -41,8 +41,10 @@ class SteerData(Settings):
         default=None,
         description="A/B questions, a file of {question, answer_matching_behavior, answer_not_matching_behavior}",
     )
-    n: int = Field(default=64, gt=1, description="pairs of a task; of a file, the first so many rows or questions")
-    held_out: float = Field(default=0.3, gt=0, lt=1, description="share of a file that is tried on, not fitted on")
+    n: int = Field(
+        default=64, gt=1, description="pairs of a task; of a file, the first so many texts of either side, or questions"
+    )
+    held_out: float = Field(default=0.3, gt=0, lt=1, description="share of the questions that are asked, not fitted on")
     seed: int = Field(default=0, ge=0, description="of the draw and of the split")
 
     @model_validator(mode="after")
@@ -150,10 +152,10 @@ def _data(hm: "HookManager", cfg: SteerConfig) -> _Data:
         contrast = ab_contrast(fit.balanced(seed=given.seed), hm)
         return _Data(contrast, cfg.prompts or [q.question for q in held], held)
     if given.texts is not None:
-        from interp.data.contrast_file import contrast_from_file
+        from interp.data.contrast_files import contrast_from_file
 
-        fit_on, rest = contrast_from_file(given.texts).take(given.n).split(given.held_out, seed=given.seed)
-        return _Data(fit_on, cfg.prompts or [p.text for p in rest.negative], None)
+        texts = contrast_from_file(given.texts).head(given.n)
+        return _Data(texts, cfg.prompts or [p.text for p in texts.negative], None)
     return _task_data(hm, cfg)
 
 

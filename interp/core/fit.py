@@ -1,6 +1,5 @@
 """Linear classifiers in closed or convex form, many at once: what directions and probes are fitted with."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ def logistic(
     x: Float[Tensor, "*fit n d"],
     y: Bool[Tensor, "*#fit n"],
     *,
-    l2: float = 1.0,
+    l2: float | Float[Tensor, "*fit"] = 1.0,
     balanced: bool = True,
     weights: Float[Tensor, "*#fit n"] | None = None,
 ) -> Linear:
@@ -46,7 +45,8 @@ def logistic(
     Args:
         x: activations; leading axes are fits of their own.
         y: True where the concept is, one list for all fits or one for each.
-        l2: the penalty; at 0 separable classes have no optimum, so it must be positive.
+        l2: the penalty, one for all fits or one for each; at 0 separable classes have no optimum, so it must be
+            positive.
         balanced: weigh the classes as if each had half of the examples.
         weights: c of each example, 1 by default; 0 leaves an example out of a fit.
 
@@ -57,7 +57,8 @@ def logistic(
         ShapeError: lists that do not line up.
         DataError: one class alone, NaN or infinite activations, or a penalty that is not positive.
     """
-    if not l2 > 0 or not math.isfinite(l2):
+    penalty = torch.as_tensor(l2, dtype=torch.float64, device=x.device)
+    if not bool(((penalty > 0) & penalty.isfinite()).all()):
         raise DataError(f"l2={l2!r}: expected a positive number; without a penalty separable classes have no optimum")
     x, y = _ready(x, y)
     c = _example_weights(x, y, balanced, weights)
@@ -66,7 +67,7 @@ def logistic(
     spread = (c[..., None] * centred.square()).sum((-2, -1)) / (c.sum(-1) * x.shape[-1])
     scale = spread.sqrt().clamp(min=torch.finfo(torch.float64).tiny)[..., None, None]
     scaled, back = _row_space(centred / scale)
-    w, b = _newton(scaled, 2.0 * y - 1.0, c, l2)
+    w, b = _newton(scaled, 2.0 * y - 1.0, c, penalty.expand(x.shape[:-2]))
     weight = (w if back is None else (w[..., None, :] @ back)[..., 0, :]) / scale[..., 0]
     return Linear(weight, b - (weight * mean[..., 0, :]).sum(-1))
 
@@ -100,12 +101,12 @@ def _row_space(x: Float[Tensor, "*fit n d"]) -> tuple[Tensor, Tensor | None]:
 
 
 def _newton(
-    x: Float[Tensor, "*fit n k"], sign: Float[Tensor, "*fit n"], c: Float[Tensor, "*fit n"], l2: float
+    x: Float[Tensor, "*fit n k"], sign: Float[Tensor, "*fit n"], c: Float[Tensor, "*fit n"], l2: Float[Tensor, "*fit"]
 ) -> tuple[Float[Tensor, "*fit k"], Float[Tensor, "*fit"]]:
     """Damped Newton; the last column is the bias, which has no penalty."""
     x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-    penalty = torch.full((x.shape[-1],), l2, dtype=x.dtype, device=x.device)
-    penalty[-1] = 0
+    penalty = l2[..., None].repeat(*[1] * l2.ndim, x.shape[-1])
+    penalty[..., -1] = 0
     w = torch.zeros(*x.shape[:-2], x.shape[-1], dtype=x.dtype, device=x.device)
 
     def loss(w: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def _newton(
             break
         curvature = (c * p * (1 - p))[..., None] * x
         # Far out the sigmoid is flat: a little on the diagonal keeps the bias's own curvature from vanishing.
-        hessian = x.mT @ curvature + torch.diag(penalty + 1e-10)
+        hessian = x.mT @ curvature + torch.diag_embed(penalty + 1e-10)
         step = torch.linalg.solve(hessian, gradient[..., None])[..., 0]
         size = torch.ones_like(value)
         for _ in range(_HALVINGS):

@@ -169,7 +169,10 @@ class ConceptTokens:
             flip[order[: len(known) // 2]] = True
             new = torch.where(flip[at], 1 - top, top)
         else:
-            new = top[torch.randperm(len(top), generator=draw)]
+            # Among the rows that are read: one in which nothing is has no class to give.
+            rows = (top != NOT_READ).nonzero()[:, 0]
+            new = top.clone()
+            new[rows] = top[rows[torch.randperm(len(rows), generator=draw)]]
         return replace(self, labels=torch.where(read, new[:, None], NOT_READ))
 
     @property

@@ -117,6 +117,17 @@ class Contrast:
     def __len__(self) -> int:
         return len(self.positive) + len(self.negative)
 
+    def head(self, n: int) -> "Contrast":
+        """Return the first n texts of either side.
+
+        Raises:
+            DataError: n is below 1.
+        """
+        if n < 1:
+            raise DataError(f"head({n}): expected at least one text of either side")
+        groups = None if self.groups is None else (self.groups[0][:n], self.groups[1][:n])
+        return replace(self, positive=self.positive[:n], negative=self.negative[:n], groups=groups)
+
     def swap(self) -> "Contrast":
         """Return the contrast with its sides exchanged."""
         groups = None if self.groups is None else (self.groups[1], self.groups[0])

@@ -113,7 +113,7 @@ def gather(
         raise ConfigError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: expected at least 1 row")
-    wanted = [sites] if isinstance(sites, Site) else sites
+    wanted = [sites] if isinstance(sites, str | Site) else sites
     pooled = _pooled_labels(data) if pool != "each" else None
     order = data.tokens.lengths.argsort(stable=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -30,9 +30,9 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.steering.contenders import CONTROLS, METHODS, Contender, Fit
+from interp.steering.dose_effects import Sampling, continue_prompts
 from interp.steering.dose_rows import read_doses
 from interp.steering.judges import Judge, Judged, WordJudge, harmonic_mean, judged
-from interp.steering.measure import Sampling, continue_prompts
 from interp.steering.methods_table import MethodsTable
 
 __all__ = ["CompareOptions", "WordShare", "compare_methods", "detection_scores"]

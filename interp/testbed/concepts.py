@@ -106,4 +106,3 @@ def _tokens(hm: Any, text: LabelledTokens) -> Tokens:
 
 
 # The name that was agreed on first. pytest takes an imported function of that name for a test.
-testbed_concept = world_concept

@@ -349,8 +349,11 @@ def test_plain_prompts_are_only_continued(testbed: HookManager) -> None:
     assert sweep.effect.shape == (2, 0) and sweep.perplexity.isfinite().all()
     assert sweep.texts[0] == sweep.base_texts and sweep.prompts[0] == "The film was"
     assert math.isnan(sweep.records()[0]["effect"]) and sweep.summary()
+    drawn = sweep.plot()
+    assert drawn.layout.yaxis.title.text.startswith("KL") and drawn.data[0].y == tuple(sweep.kl.tolist())
+    assert [t for t, _ in sweep.page_parts()] == ["What it says"] and len(sweep.said()) == 2 * 3
     with pytest.raises(DataError, match="plain prompts"):
-        sweep.plot()
+        sweep.plot(kind="sites")
 
 
 @pytest.mark.usefixtures("unchecked")
