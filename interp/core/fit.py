@@ -1,5 +1,6 @@
 """Linear classifiers in closed or convex form, many at once: what directions and probes are fitted with."""
 
+import math
 from typing import NamedTuple
 
 import torch

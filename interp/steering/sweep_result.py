@@ -282,8 +282,8 @@ class SteeringSweep(Result):
         Args:
             kind: one of `FIGURES`. "doses": mean effect against dose with 95 % intervals, controls in grey, and faint
                 lines of single prompts where one thing steers at one site; of plain prompts the KL instead.
-                "trade_off": effect against a side effect, a point per dose; cells that break no limit are filled. "sites": effect by site and dose, cells that
-                break a limit marked.
+                "trade_off": effect against a side effect, a point per dose; cells that break no limit are filled.
+                "sites": effect by site and dose, cells that break a limit marked.
             against: for "trade_off": "perplexity", "kl" or "loss_change".
 
         Raises:

@@ -16,8 +16,10 @@ from interp.steering.gate import GateFit, best_threshold, fit_gate, roc
 from interp.steering.measure import measure_direction
 from interp.testbed.tasks import task_pairs
 
-GOOD = ("wonderful", "excellent", "lovely", "great", "perfect", "charming")
-GOOD += ("brilliant", "delightful", "superb", "pleasant")
+GOOD = (
+    *("wonderful", "excellent", "lovely", "great", "perfect", "charming"),
+    *("brilliant", "delightful", "superb", "pleasant"),
+)
 SITES = ["0.resid_post", "2.resid_post", "3.resid_post"]
 
 
