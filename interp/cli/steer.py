@@ -175,7 +175,7 @@ def _task_data(hm: "HookManager", cfg: SteerConfig) -> _Data:
 
 def _direction(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultFolder) -> "tuple[Direction, list[str]]":
     from interp.core.direction import Direction
-    from interp.steering.direction_fit import fit_with_controls
+    from interp.steering.fitting.direction_fit import fit_with_controls
 
     if cfg.direction is not None:
         held = Direction.load(cfg.direction)
@@ -189,9 +189,9 @@ def _direction(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultF
 
 def _steered(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultFolder, *, as_json: bool) -> int:
     from interp.core.direction import Dose
-    from interp.steering.ab import ab_evaluation
-    from interp.steering.sweep import steering_sweep
-    from interp.steering.sweep_options import SweepOptions
+    from interp.steering.evaluating.ab import ab_evaluation
+    from interp.steering.evaluating.sweep import steering_sweep
+    from interp.steering.evaluating.sweep_options import SweepOptions
 
     direction, said = _direction(hm, data, cfg, folder)
     doses = [Dose(value, cfg.unit) for value in cfg.doses]

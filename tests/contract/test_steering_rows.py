@@ -14,8 +14,8 @@ from interp.core.intervention import Add
 from interp.core.run import Run
 from interp.core.where import Where
 from interp.dictionaries.options import DictionaryOptions
-from interp.steering.clamp import ClampLatents, LatentClamp, clamp_latents
-from interp.steering.rowwise import rowwise
+from interp.steering.acting.clamp import ClampLatents, LatentClamp, clamp_latents
+from interp.steering.acting.rowwise import rowwise
 from tests.families import manager, tokens
 
 SITE, D = "1.resid_post", 32

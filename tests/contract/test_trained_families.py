@@ -12,8 +12,8 @@ from interp.core.run import Run
 from interp.core.text import Tokens
 from interp.core.tuning import frozen, next_token_losses
 from interp.data.concept_tokens import ConceptTokens
-from interp.steering.trained import TrainedOptions, fit_reft_r1, fit_ssv
-from interp.steering.transport import fit_transport
+from interp.steering.trained.supervised import TrainedOptions, fit_reft_r1, fit_ssv
+from interp.steering.trained.transport import fit_transport
 from tests.families import manager, paddings, tokens
 
 FAMILIES = ["GPT2", "Gemma2", "Falcon", "OPT", "Mixtral", "Olmo2"]

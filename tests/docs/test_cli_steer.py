@@ -8,8 +8,8 @@ import pytest
 from interp.cli.main import main
 from interp.core.direction import Direction
 from interp.core.result import Result
-from interp.steering.direction_fit import DirectionFit
-from interp.steering.sweep_result import SteeringSweep
+from interp.steering.evaluating.sweep_result import SteeringSweep
+from interp.steering.fitting.direction_fit import DirectionFit
 
 TASK = ["--model", "testbed", "--data.task", "sentiment", "--data.positive", " glad", " loved", "--data.n", "24"]
 SMALL = ["--sites", "2.resid_post", "--doses", "-1", "0", "1", "--controls", "1", "--n-generated", "2"]

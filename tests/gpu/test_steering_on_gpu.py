@@ -12,7 +12,7 @@ from interp.core.generate import _sent
 from interp.core.intervention import Intervention
 from interp.core.manager import HookManager
 from interp.core.where import Where
-from interp.steering.rowwise import rowwise
+from interp.steering.acting.rowwise import rowwise
 
 pytestmark = pytest.mark.gpu
 

@@ -13,13 +13,13 @@ from interp.core.result import Provenance
 from interp.core.where import Where
 from interp.data.pairs import PromptPairs
 from interp.data.prompt import Pair
-from interp.steering.ab import ab_evaluation
-from interp.steering.fit import fit_direction
-from interp.steering.judges import LocalJudge
-from interp.steering.lines import random_like
-from interp.steering.open_ended import OpenEndedOptions, open_ended
-from interp.steering.sweep import steering_sweep
-from interp.steering.sweep_options import SweepOptions
+from interp.steering.evaluating.ab import ab_evaluation
+from interp.steering.evaluating.judges import LocalJudge
+from interp.steering.evaluating.lines import random_like
+from interp.steering.evaluating.open_ended import OpenEndedOptions, open_ended
+from interp.steering.evaluating.sweep import steering_sweep
+from interp.steering.evaluating.sweep_options import SweepOptions
+from interp.steering.fitting.fit import fit_direction
 from interp.testbed.tasks import task_pairs
 
 GOOD = {" positive", " glad", " recommend", " success", " loved"}

@@ -9,7 +9,7 @@ import torch
 from interp.core.errors import ConfigError, DataError
 from interp.core.manager import HookManager
 from interp.core.result import Result
-from interp.steering.causal import CausalConcepts, CausalGeometry, causal_concepts, causal_geometry
+from interp.steering.concepts.causal import CausalConcepts, CausalGeometry, causal_concepts, causal_geometry
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.word_pairs import world_word_pairs
 from tests.families import VOCAB, manager, tokens, word_tokenizer

@@ -18,11 +18,11 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered
 from interp.dictionaries.topk import TopKConfig, TopKSAE
-from interp.steering.compare import CompareOptions, WordShare, compare_methods, detection_scores
-from interp.steering.contenders import METHODS, Contender, Fit, along, of_direction, sae_contender
-from interp.steering.judges import Judged
-from interp.steering.methods_table import MethodsTable
-from interp.steering.observable import observable
+from interp.steering.concepts.compare import CompareOptions, WordShare, compare_methods, detection_scores
+from interp.steering.concepts.contenders import METHODS, Contender, Fit, along, of_direction, sae_contender
+from interp.steering.concepts.methods_table import MethodsTable
+from interp.steering.concepts.observable import observable
+from interp.steering.evaluating.judges import Judged
 from interp.testbed.concept_texts import WORLD_CONCEPTS, world_concepts, world_openings
 from tests.families import manager
 

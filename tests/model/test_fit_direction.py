@@ -18,10 +18,10 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.dictionaries.standard import StandardConfig, StandardSAE
-from interp.steering.direction_fit import DirectionFit, FitOptions, fit_with_controls
-from interp.steering.fit import METHODS, direction_of, fit_direction
-from interp.steering.latents import best_latent, latent_direction
-from interp.steering.methods import solve
+from interp.steering.fitting.direction_fit import DirectionFit, FitOptions, fit_with_controls
+from interp.steering.fitting.fit import METHODS, direction_of, fit_direction
+from interp.steering.fitting.latents import best_latent, latent_direction
+from interp.steering.fitting.methods import solve
 from interp.testbed.tasks import task_pairs
 from tests.families import manager
 

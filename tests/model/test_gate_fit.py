@@ -11,9 +11,9 @@ from interp.core.intervention import Add
 from interp.core.manager import HookManager
 from interp.core.where import Where
 from interp.data.contrast import Contrast
-from interp.steering.fit import fit_direction
-from interp.steering.gate import GateFit, best_threshold, fit_gate, roc
-from interp.steering.measure import measure_direction
+from interp.steering.acting.gate import GateFit, best_threshold, fit_gate, roc
+from interp.steering.fitting.fit import fit_direction
+from interp.steering.fitting.measure import measure_direction
 from interp.testbed.tasks import task_pairs
 
 GOOD = (

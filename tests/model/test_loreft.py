@@ -11,8 +11,8 @@ from interp.core.result import Result
 from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
-from interp.steering.loreft import LoReFT, fit_loreft
-from interp.steering.trained import TrainedOptions
+from interp.steering.trained.loreft import LoReFT, fit_loreft
+from interp.steering.trained.supervised import TrainedOptions
 from tests.families import manager, tokens
 
 SITE = "1.resid_pre"

@@ -11,7 +11,7 @@ from interp.core.errors import ConfigError, DataError, SiteError
 from interp.core.intervention import Add
 from interp.core.manager import HookManager
 from interp.core.where import Where
-from interp.steering.observable import coupling, observable
+from interp.steering.concepts.observable import coupling, observable
 from interp.testbed.nano import NanoOptions, nano
 from tests.families import manager, tokens
 from tests.hand_built import N_POSITIONS, N_TOKENS, induction_model

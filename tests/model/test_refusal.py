@@ -12,9 +12,9 @@ from interp.core.intervention import Add, Project
 from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.stats import pearson
-from interp.steering.orthogonal import orthogonalised, stream_writers
-from interp.steering.refusal import fit_refusal, instruction_tokens
-from interp.steering.select import SelectOptions, select_direction, token_log_odds
+from interp.steering.fitting.orthogonal import orthogonalised, stream_writers
+from interp.steering.fitting.refusal import fit_refusal, instruction_tokens
+from interp.steering.fitting.select import SelectOptions, select_direction, token_log_odds
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from tests.families import VOCAB, manager, word_tokenizer

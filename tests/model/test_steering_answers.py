@@ -16,10 +16,10 @@ from interp.core.manager import HookManager
 from interp.core.result import Provenance, Result
 from interp.data.ab_questions import ABQuestion, ABQuestions
 from interp.data.pairs import PromptPairs
-from interp.steering.ab import ABResult, ab_evaluation
-from interp.steering.judges import Judged, LocalJudge, Missing, Verdict, WordJudge
-from interp.steering.open_ended import OpenEndedOptions, open_ended
-from interp.steering.open_ended_result import OpenEnded
+from interp.steering.evaluating.ab import ABResult, ab_evaluation
+from interp.steering.evaluating.judges import Judged, LocalJudge, Missing, Verdict, WordJudge
+from interp.steering.evaluating.open_ended import OpenEndedOptions, open_ended
+from interp.steering.evaluating.open_ended_result import OpenEnded
 from interp.testbed.nano import NanoOptions, nano
 
 SITE = "0.resid_post"

@@ -18,13 +18,13 @@ from interp.core.metrics import loss_per_token
 from interp.core.result import Provenance, Result
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
-from interp.steering.calibrate import calibrate, token_kl
-from interp.steering.dose_rows import blocks, read_doses
-from interp.steering.fluency import generated_perplexity
-from interp.steering.lines import random_like
-from interp.steering.sweep import steering_sweep
-from interp.steering.sweep_options import Limits, SweepOptions
-from interp.steering.sweep_result import SteeringSweep
+from interp.steering.evaluating.calibrate import calibrate, token_kl
+from interp.steering.evaluating.dose_rows import blocks, read_doses
+from interp.steering.evaluating.fluency import generated_perplexity
+from interp.steering.evaluating.lines import random_like
+from interp.steering.evaluating.sweep import steering_sweep
+from interp.steering.evaluating.sweep_options import Limits, SweepOptions
+from interp.steering.evaluating.sweep_result import SteeringSweep
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 

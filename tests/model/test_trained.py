@@ -19,8 +19,8 @@ from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
-from interp.steering.fit import fit_direction
-from interp.steering.trained import TrainedOptions, detect, fit_reft_r1, fit_ssv, top_latents
+from interp.steering.fitting.fit import fit_direction
+from interp.steering.trained.supervised import TrainedOptions, detect, fit_reft_r1, fit_ssv, top_latents
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from interp.train.common import TrainingError

@@ -16,7 +16,7 @@ from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
-from interp.steering.transport import Transport, fit_transport
+from interp.steering.trained.transport import Transport, fit_transport
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from interp.testbed.text import Text
@@ -116,7 +116,7 @@ def test_maps_are_saved_with_all_they_need_and_know_their_model(tmp_path: Path) 
 
 @pytest.mark.usefixtures("unchecked")
 def test_an_interrupted_fit_gives_the_sites_it_had_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    import interp.steering.transport as module
+    import interp.steering.trained.transport as module
 
     hm, data = chain()
     calls = []

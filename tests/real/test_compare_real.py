@@ -4,8 +4,8 @@ from pathlib import Path
 
 import interp
 from interp.data.axbench import load_axbench
-from interp.steering.compare import compare_methods
-from interp.steering.contenders import METHODS
+from interp.steering.concepts.compare import compare_methods
+from interp.steering.concepts.contenders import METHODS
 
 
 def test_a_model_of_260_thousand_parameters_tells_no_concept_of_axbench_better_than_its_controls(real: Path) -> None:

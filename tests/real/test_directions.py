@@ -10,7 +10,7 @@ from torch import Tensor
 from interp.core.direction import Direction
 from interp.core.manager import HookManager
 from interp.data.contrast import Contrast
-from interp.steering.fit import fit_direction
+from interp.steering.fitting.fit import fit_direction
 
 GIRLS = ["Lily", "Mia", "Lucy", "Sue", "Anna", "Emma", "Jane", "Amy"]
 BOYS = ["Tom", "Tim", "Ben", "Max", "Sam", "Jack", "Bob", "Leo"]

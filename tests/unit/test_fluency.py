@@ -5,7 +5,7 @@ import math
 import pytest
 
 from interp.core.errors import DataError
-from interp.steering.fluency import compression, distinct_n
+from interp.steering.evaluating.fluency import compression, distinct_n
 
 
 def test_distinct_n_is_the_share_of_different_grams() -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from interp.core.errors import ArtifactError, ConfigError, DataError
-from interp.steering.judges import CachedJudge, Judged, Missing, WordJudge, harmonic_mean, judged
-from interp.steering.openai_judge import OpenAIJudge
+from interp.steering.evaluating.judges import CachedJudge, Judged, Missing, WordJudge, harmonic_mean, judged
+from interp.steering.evaluating.openai_judge import OpenAIJudge
 
 ITEMS = [Judged("Say something.", "A good film."), Judged("Say something.", "GOOD, good and lovely."), Judged("", "")]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from interp.core.direction import Direction
 from interp.core.errors import ArtifactError, InterpError, ModelError, ShapeError, SiteError
 from interp.core.manager import HookManager
-from interp.steering.exchange import from_gguf, from_tensors, from_torch, to_gguf
-from interp.steering.gguf import read_gguf, write_gguf
+from interp.steering.acting.exchange import from_gguf, from_tensors, from_torch, to_gguf
+from interp.steering.acting.gguf import read_gguf, write_gguf
 from tests.families import manager
 
 D = 32

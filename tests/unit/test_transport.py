@@ -11,7 +11,7 @@ from interp.core.place import Place
 from interp.core.site import Site
 from interp.core.where import Where
 from interp.core.within import AffineWithin
-from interp.steering.maps import FeatureMaps, coupling, fit_maps, gap, separation
+from interp.steering.trained.maps import FeatureMaps, coupling, fit_maps, gap, separation
 
 
 def normals(n: int, mean: Tensor, std: Tensor, seed: int) -> Tensor:

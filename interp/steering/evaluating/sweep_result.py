@@ -289,7 +289,7 @@ class SteeringSweep(Result):
         Raises:
             DataError: another name, or nothing measured that it shows.
         """
-        from interp.steering.sweep_figures import draw
+        from interp.steering.evaluating.sweep_figures import draw
 
         return draw(self, kind, against)
 

@@ -15,11 +15,11 @@ from interp.core.manager import HookManager
 from interp.core.result import Provenance
 from interp.core.text import Tokens
 from interp.core.where import Where
-from interp.steering.dose_effects import Continued, Sampling, continue_prompts, prompt_texts, read_text
-from interp.steering.dose_rows import Doses, read_doses
-from interp.steering.judges import Judge, Judged, judged
-from interp.steering.lines import UNSTEERED, Line, lines_of
-from interp.steering.open_ended_result import OpenEnded
+from interp.steering.evaluating.dose_effects import Continued, Sampling, continue_prompts, prompt_texts, read_text
+from interp.steering.evaluating.dose_rows import Doses, read_doses
+from interp.steering.evaluating.judges import Judge, Judged, judged
+from interp.steering.evaluating.lines import UNSTEERED, Line, lines_of
+from interp.steering.evaluating.open_ended_result import OpenEnded
 
 __all__ = ["OpenEndedOptions", "open_ended"]
 

@@ -23,7 +23,7 @@ from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
 from interp.dictionaries.base import Dictionary, Transcoder
 from interp.dictionaries.processed import check_bound
-from interp.steering.fit import check_method, concept_tokens
+from interp.steering.fitting.fit import check_method, concept_tokens
 
 if TYPE_CHECKING:
     import pandas

@@ -29,11 +29,11 @@ from interp.data.concept import Concept
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
-from interp.steering.contenders import CONTROLS, METHODS, Contender, Fit
-from interp.steering.dose_effects import Sampling, continue_prompts
-from interp.steering.dose_rows import read_doses
-from interp.steering.judges import Judge, Judged, WordJudge, harmonic_mean, judged
-from interp.steering.methods_table import MethodsTable
+from interp.steering.concepts.contenders import CONTROLS, METHODS, Contender, Fit
+from interp.steering.concepts.methods_table import MethodsTable
+from interp.steering.evaluating.dose_effects import Sampling, continue_prompts
+from interp.steering.evaluating.dose_rows import read_doses
+from interp.steering.evaluating.judges import Judge, Judged, WordJudge, harmonic_mean, judged
 
 __all__ = ["CompareOptions", "WordShare", "compare_methods", "detection_scores"]
 

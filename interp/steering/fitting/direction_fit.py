@@ -23,8 +23,8 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
-from interp.steering.fit import check_method, concept_tokens, direction_of, relabelled
-from interp.steering.methods import METHODS, PAIRED, solve
+from interp.steering.fitting.fit import check_method, concept_tokens, direction_of, relabelled
+from interp.steering.fitting.methods import METHODS, PAIRED, solve
 
 if TYPE_CHECKING:
     import pandas
@@ -246,7 +246,7 @@ def fit_with_controls(
         hm: the model.
         data: as for `fit_direction`.
         sites: names or globs.
-        method: one of `interp.steering.fit.METHODS`.
+        method: one of `interp.steering.fitting.fit.METHODS`.
         where: the token rule, as for `fit_direction`.
         n_controls: of each kind, at least one.
         seed: of the split, of methods that draw, and of the first control.

@@ -18,9 +18,9 @@ from interp.core.text import Tokens, chat_tokens, pad_id_of, pad_rows
 from interp.core.where import Where
 from interp.data.ab_questions import ABQuestion, ABQuestions
 from interp.data.pairs import PromptPairs
-from interp.steering.dose_effects import blocks_for
-from interp.steering.dose_rows import Block, Doses, edits_of, quiet_at_zero, read_doses
-from interp.steering.lines import UNSTEERED, Line, lines_of
+from interp.steering.evaluating.dose_effects import blocks_for
+from interp.steering.evaluating.dose_rows import Block, Doses, edits_of, quiet_at_zero, read_doses
+from interp.steering.evaluating.lines import UNSTEERED, Line, lines_of
 
 if TYPE_CHECKING:
     import pandas

@@ -20,8 +20,8 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
-from interp.steering.fit import concept_tokens
-from interp.steering.maps import fit_maps, gap
+from interp.steering.fitting.fit import concept_tokens
+from interp.steering.trained.maps import fit_maps, gap
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +35,7 @@ class Transport(Result):
     """One affine map a feature at each of some sites: x ← x + λ (factor · x + shift − x) inside the support.
 
     Attributes:
-        kind: One of `interp.steering.maps.KINDS`.
+        kind: One of `interp.steering.trained.maps.KINDS`.
         incremental: Whether each site was fitted under the maps of the sites before it.
         factor: Short site name → what each feature is multiplied by [*features].
         shift: The same, what is added, in units of the activation.
@@ -195,7 +195,7 @@ def fit_transport(
             them round. A contrast is read at every token that is not special; for another rule give
             `contrast.tokens(hm, where=…)`.
         sites: Names or globs with one vector a token; the authors' are "*.mlp_out", "*.attn_out" and the post-norms.
-        kind: "linear", "mean", "gaussian" or "aura"; see `interp.steering.maps.KINDS`.
+        kind: "linear", "mean", "gaussian" or "aura"; see `interp.steering.trained.maps.KINDS`.
         incremental: Fit each site under the maps of the sites before it, as they will act; else all sites on the model
             as it is, where each corrects again what those before it have corrected.
         pool: What one example is, as for `gather`; by default a text's mean ("aura": its largest value of a feature).

@@ -18,8 +18,8 @@ from interp.core.manager import HookManager
 from interp.core.metrics import Metric, answer_logits, kl_divergence, loss_per_token
 from interp.core.text import Tokens
 from interp.core.where import Where
-from interp.steering.dose_rows import Block, Doses, blocks, edits_of, quiet_at_zero, takes_rows
-from interp.steering.fluency import compression, distinct_n, generated_ids, generated_perplexity, rows_within
+from interp.steering.evaluating.dose_rows import Block, Doses, blocks, edits_of, quiet_at_zero, takes_rows
+from interp.steering.evaluating.fluency import compression, distinct_n, generated_ids, generated_perplexity, rows_within
 
 __all__ = [
     "AnswerMeasure",

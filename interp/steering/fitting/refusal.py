@@ -13,7 +13,7 @@ from interp.core.manager import HookManager
 from interp.core.result import Provenance
 from interp.core.site import Site
 from interp.core.text import Tokens, pad_id_of, pad_rows, str_tokens, tokenize
-from interp.steering.select import DirectionChoice, Score, SelectOptions, select_direction, token_log_odds
+from interp.steering.fitting.select import DirectionChoice, Score, SelectOptions, select_direction, token_log_odds
 
 __all__ = ["fit_refusal", "instruction_tokens"]
 

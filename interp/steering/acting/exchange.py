@@ -27,7 +27,7 @@ from torch import Tensor
 from interp.core.direction import Direction
 from interp.core.errors import ArtifactError, ModelError, ShapeError, SiteError
 from interp.core.site import Site
-from interp.steering.gguf import read_gguf, write_gguf
+from interp.steering.acting.gguf import read_gguf, write_gguf
 
 if TYPE_CHECKING:
     from interp.core.manager import HookManager

@@ -9,7 +9,7 @@ import torch
 from interp.core.direction import Direction, Steers
 from interp.core.errors import ConfigError
 from interp.core.manager import HookManager
-from interp.steering.dose_rows import Doses, places_of
+from interp.steering.evaluating.dose_rows import Doses, places_of
 
 __all__ = ["UNSTEERED", "Line", "lines_of", "random_like"]
 

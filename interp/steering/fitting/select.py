@@ -18,7 +18,7 @@ from interp.core.result import Provenance, Result
 from interp.core.site import Site
 from interp.core.text import Tokens
 from interp.core.where import Where
-from interp.steering.orthogonal import stream_writers
+from interp.steering.fitting.orthogonal import stream_writers
 
 if TYPE_CHECKING:
     import pandas

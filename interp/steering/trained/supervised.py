@@ -15,7 +15,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
-from interp.steering.training import History, Texts, TrainedOptions, mean_loss, one_site, train
+from interp.steering.trained.training import History, Texts, TrainedOptions, mean_loss, one_site, train
 
 __all__ = ["TrainedOptions", "detect", "fit_reft_r1", "fit_ssv", "top_latents"]
 

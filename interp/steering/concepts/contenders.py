@@ -14,10 +14,10 @@ from interp.core.manager import HookManager
 from interp.core.site import Site
 from interp.data.concept_tokens import ConceptTokens
 from interp.dictionaries.base import Dictionary
-from interp.steering.fit import fit_direction
-from interp.steering.latents import best_latent, latent_direction
-from interp.steering.trained import TrainedOptions, fit_reft_r1, fit_ssv
-from interp.steering.transport import fit_transport
+from interp.steering.fitting.fit import fit_direction
+from interp.steering.fitting.latents import best_latent, latent_direction
+from interp.steering.trained.supervised import TrainedOptions, fit_reft_r1, fit_ssv
+from interp.steering.trained.transport import fit_transport
 
 __all__ = ["CONTROLS", "METHODS", "Contender", "Fit", "along", "of_direction", "sae_contender", "trained_contender"]
 

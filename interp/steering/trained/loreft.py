@@ -19,7 +19,7 @@ from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.pairs import PromptPairs
-from interp.steering.training import Texts, TrainedOptions, mean_loss, one_site, train
+from interp.steering.trained.training import Texts, TrainedOptions, mean_loss, one_site, train
 
 if TYPE_CHECKING:
     import pandas

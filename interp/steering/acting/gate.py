@@ -20,7 +20,7 @@ from interp.core.where import Where
 from interp.data.concept_tokens import NOT_READ, ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.pairs import PromptPairs
-from interp.steering.fit import concept_tokens
+from interp.steering.fitting.fit import concept_tokens
 
 if TYPE_CHECKING:
     import pandas

@@ -10,7 +10,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
 from interp.data.pairs import PromptPairs
-from interp.steering.fit import concept_tokens
+from interp.steering.fitting.fit import concept_tokens
 
 __all__ = ["measure_direction"]
 

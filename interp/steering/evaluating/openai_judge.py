@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from interp.core.errors import ConfigError, DataError
-from interp.steering.judges import Judged, Missing, Verdict, filled
+from interp.steering.evaluating.judges import Judged, Missing, Verdict, filled
 
 __all__ = ["OpenAIJudge"]
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects
 
     from interp.report.steering import DoseLine
-    from interp.steering.sweep_result import SteeringSweep
+    from interp.steering.evaluating.sweep_result import SteeringSweep
 
 __all__ = ["COSTS", "draw"]
 
@@ -29,7 +29,7 @@ def draw(sweep: "SteeringSweep", kind: str, against: str) -> "plotly.graph_objec
     Raises:
         DataError: another name, or nothing measured that it shows.
     """
-    from interp.steering.sweep_result import FIGURES
+    from interp.steering.evaluating.sweep_result import FIGURES
 
     if kind not in FIGURES or against not in COSTS:
         name, known = (kind, FIGURES) if kind not in FIGURES else (against, tuple(COSTS))

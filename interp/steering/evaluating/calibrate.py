@@ -12,8 +12,8 @@ from interp.core.errors import ConfigError, DataError
 from interp.core.inputs import Inputs
 from interp.core.manager import HookManager
 from interp.core.where import Where
-from interp.steering.dose_effects import TextMeasure, read_text
-from interp.steering.dose_rows import Doses
+from interp.steering.evaluating.dose_effects import TextMeasure, read_text
+from interp.steering.evaluating.dose_rows import Doses
 
 __all__ = ["calibrate", "token_kl"]
 

@@ -22,7 +22,7 @@ from interp.core.text import Tokens
 from interp.core.where import Where
 from interp.data.pair_tokens import PairTokens
 from interp.data.pairs import PromptPairs
-from interp.steering.dose_effects import (
+from interp.steering.evaluating.dose_effects import (
     AnswerMeasure,
     Continued,
     OnText,
@@ -32,10 +32,10 @@ from interp.steering.dose_effects import (
     prompt_texts,
     read_text,
 )
-from interp.steering.dose_rows import Doses, of_rows, read_doses
-from interp.steering.lines import Line, lines_of
-from interp.steering.sweep_options import Limits, SweepOptions
-from interp.steering.sweep_result import SteeringSweep
+from interp.steering.evaluating.dose_rows import Doses, of_rows, read_doses
+from interp.steering.evaluating.lines import Line, lines_of
+from interp.steering.evaluating.sweep_options import Limits, SweepOptions
+from interp.steering.evaluating.sweep_result import SteeringSweep
 
 __all__ = ["steering_sweep"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from interp.core.errors import DataError, nearest
 from interp.core.result import Result
 from interp.core.stats import Estimate, bootstrap
-from interp.steering.judges import harmonic_mean
+from interp.steering.evaluating.judges import harmonic_mean
 
 if TYPE_CHECKING:
     import pandas

@@ -19,7 +19,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
-from interp.steering.methods import METHODS, OF_VARIANCE, PAIRED, solve
+from interp.steering.fitting.methods import METHODS, OF_VARIANCE, PAIRED, solve
 
 __all__ = ["METHODS", "check_method", "concept_tokens", "direction_of", "fit_direction", "relabelled"]
 
@@ -59,7 +59,7 @@ def fit_direction(
 
     Returns:
         The direction, in the units of the activation, with the scale of the examples along it; `stats` as in
-        `interp.steering.methods.diagnose`, "explained" (share of the sum of squares) of methods of variance.
+        `interp.steering.fitting.methods.diagnose`, "explained" (share of the sum of squares) of methods of variance.
 
     Warns:
         UserWarning: a method of variance gives a vector whose cosine with the difference of means is below 0.5.

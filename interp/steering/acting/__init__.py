@@ -1,0 +1,1 @@
+"""Other ways to act: gates, a direction per row, clamped latents, files of other tools."""

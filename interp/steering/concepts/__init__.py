@@ -1,0 +1,1 @@
+"""Concepts as geometry, and methods compared on them."""

@@ -1,0 +1,1 @@
+"""What a dose does, and what it costs."""

@@ -1,0 +1,1 @@
+"""Directions in closed form, with their controls; which of many to take."""
