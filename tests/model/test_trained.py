@@ -20,7 +20,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
 from interp.steering.fitting.fit import fit_direction
-from interp.steering.trained.supervised import TrainedOptions, detect, fit_reft_r1, fit_ssv, top_latents
+from interp.steering.trained.supervised import TrainedOptions, fit_reft_r1, fit_ssv, latent_activation, top_latents
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from interp.train.common import TrainingError
@@ -134,7 +134,7 @@ def test_rank_one_finetuning_finds_what_both_shows_and_makes_the_concept() -> No
 def scored(hm: HookManager, data: ConceptTokens, direction: Direction) -> float:
     """AUROC of the largest latent of each text."""
     held = gather(hm, data, SITE)[SITE]
-    latent = detect(direction, held.x).reshape(len(data), -1)
+    latent = latent_activation(direction, held.x).reshape(len(data), -1)
     assert float(latent.min()) >= 0
     return float(auroc(latent.max(1).values, data.labels[:, 0] == 1))
 
@@ -280,7 +280,7 @@ def test_what_is_wrong_is_refused() -> None:
     with pytest.raises(DataError, match="no token of row 0 has a loss"):
         fit_ssv(hm, data, SITE, options=replace(options, loss=Where(pos=0)))
     with pytest.raises(ShapeError, match="width 3"):
-        detect(fit_ssv(hm, data, SITE, options=options), torch.zeros(2, 3))
+        latent_activation(fit_ssv(hm, data, SITE, options=options), torch.zeros(2, 3))
     model = Provenance.of(hm)
     with pytest.raises(ShapeError, match="start has shape"):
         start = Direction({SITE: torch.ones(3)}, "given", model)
@@ -351,6 +351,6 @@ def test_rank_one_finetuning_on_sentiment(testbed: HookManager) -> None:
     held = sided(24, 1, held_out=True)
     text = Contrast.make([p + a for p, a, _, _ in held], [p + a for _, _, p, a in held]).tokens(testbed, where=Where())
     seen = gather(testbed, text, site)[site]
-    latent = detect(found, seen.x)
+    latent = latent_activation(found, seen.x)
     best = torch.stack([latent[seen.row == row].max() for row in range(len(text))])
     assert float(auroc(best, text.labels.max(1).values == 1)) > 0.7

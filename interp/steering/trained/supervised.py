@@ -17,7 +17,7 @@ from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
 from interp.steering.trained.training import History, Texts, TrainedOptions, mean_loss, one_site, train
 
-__all__ = ["TrainedOptions", "detect", "fit_reft_r1", "fit_ssv", "top_latents"]
+__all__ = ["TrainedOptions", "fit_reft_r1", "fit_ssv", "latent_activation", "top_latents"]
 
 
 def fit_ssv(
@@ -77,8 +77,8 @@ def fit_reft_r1(
 
     Training edits every token after BOS to h_i + mean(TopK_j ReLU(h_j · w)) · w, and minimises the language-modelling
     loss plus λ(t) times the mean of the latents that are not among the row's top k, λ rising from 0 to `options.l1`.
-    `detect` gives ReLU(h · w) of new activations; `Dose(1, "largest")`, the largest projection over all the texts,
-    is factor 1 of AxBench's steering. Cost and memory as for `fit_ssv`.
+    `latent_activation` gives ReLU(h · w) of new activations; `Dose(1, "largest")`, the largest projection over all the
+    texts, is factor 1 of AxBench's steering. Cost and memory as for `fit_ssv`.
 
     Args:
         hm: The model; its parameters are left as they are and get no gradient.
@@ -108,7 +108,9 @@ def fit_reft_r1(
     return _fitted(hm, texts, seen, place, latent, rows, method="reft_r1", options=options, seed=seed)
 
 
-def detect(direction: Direction, x: Float[Tensor, "*n d"], *, site: Site | str | None = None) -> Float[Tensor, "*n"]:
+def latent_activation(
+    direction: Direction, x: Float[Tensor, "*n d"], *, site: Site | str | None = None
+) -> Float[Tensor, "*n"]:
     """Return how much of a concept activations have: ReLU(x · w), w the unit vector; the largest over a text scores it.
 
     Args:
