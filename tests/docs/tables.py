@@ -15,8 +15,12 @@ from interp.cli.main import VERBS
 from interp.dictionaries.options import DictionaryOptions
 
 README = source.REPO / "README.md"
-DICTIONARIES, PATCHING = (source.PACKAGE / room / "README.md" for room in ("dictionaries", "patching"))
-GUIDES = (DICTIONARIES, PATCHING, source.REPO / "configs/README.md")
+DICTIONARIES, PATCHING, STEERING = (
+    source.PACKAGE / room / "README.md" for room in ("dictionaries", "patching", "steering")
+)
+GUIDES = (DICTIONARIES, PATCHING, STEERING, source.REPO / "configs/README.md")
+GUIDED = {"lens", "patching", "probing", "steering"}
+"""Rooms whose functions are in a guide of their own."""
 
 
 def verbs() -> str:
@@ -26,15 +30,24 @@ def verbs() -> str:
 
 def methods() -> str:
     """The other methods that have a name of `interp`, a row each: the call, its docstring's opening, its source."""
-    rooms = ("evaluate", *sorted(source.FAMILIES - {"lens", "patching"}))  # those two have a guide of their own
+    rooms = ("evaluate", *sorted(source.FAMILIES - GUIDED))
     rows = [row for room in rooms for row in _rows_of(room)]
     return _table(("function", "what it does", "source"), [row for row in rows if row[0].count(".") == 1])
 
 
 def circuits() -> str:
     """The functions that the rooms `patching` and `lens` offer under their own names, a row each."""
+    return _offered("patching", "lens")
+
+
+def steering() -> str:
+    """The functions that the rooms `steering` and `probing` offer under their own names, a row each."""
+    return _offered("steering", "probing")
+
+
+def _offered(*rooms: str) -> str:
     rows = []
-    for room in ("patching", "lens"):
+    for room in rooms:
         offered = set(source.exported(source.PACKAGE / room / "__init__.py") or [])
         for call, what, origin in _rows_of(room):
             name = call.strip("`").rpartition(".")[2]
@@ -57,6 +70,7 @@ GENERATED: dict[Path, dict[str, Callable[[], str]]] = {
     README: {"methods": methods, "verbs": verbs},
     DICTIONARIES: {"dictionaries": dictionaries},
     PATCHING: {"circuits": circuits},
+    STEERING: {"steering": steering},
 }
 
 
