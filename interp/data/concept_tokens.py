@@ -19,7 +19,7 @@ NOT_READ = -1
 """The label of a token that no fit looks at."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConceptTokens:
     """Tokens ready to run, with the class of each token that is read.
 
@@ -95,6 +95,13 @@ class ConceptTokens:
             raise DataError(f"{where!r} reads no token of row {empty[0]} ({text}); {len(empty)} rows are so")
         labels = torch.where(chosen, label[:, None], NOT_READ)
         return cls(tokens, labels, tuple(classes), groups, pairs, name)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{int((self.labels == i).sum())} {name}" for i, name in enumerate(self.classes[:6]))
+        more = ", …" if len(self.classes) > 6 else ""
+        pairs = ", in pairs" if self.pairs is not None else ""
+        groups = len(self.groups.unique())
+        return f"ConceptTokens({self.name!r}: {len(self)} rows, {groups} groups{pairs}; read {counts}{more})"
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -21,7 +21,7 @@ __all__ = ["Contrast"]
 Groups = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Contrast:
     """Texts with a concept and texts without it, independent of any model.
 
@@ -116,6 +116,13 @@ class Contrast:
 
     def __len__(self) -> int:
         return len(self.positive) + len(self.negative)
+
+    def __repr__(self) -> str:
+        pairs = "pairs" if self.paired else "unpaired"
+        groups = "" if self.groups is None else f", {len({str(g) for side in self.groups for g in side})} groups"
+        shown = repr(self.positive[0].text[:60]), repr(self.negative[0].text[:60])
+        counts = f"{len(self.positive)} positive, {len(self.negative)} negative, {pairs}{groups}"
+        return f"Contrast({self.name!r}: {counts}; such as {shown[0]} and {shown[1]})"
 
     def head(self, n: int) -> "Contrast":
         """Return the first n texts of either side.

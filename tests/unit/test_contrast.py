@@ -36,6 +36,16 @@ def test_lists_of_one_length_are_pairs_and_the_last_token_is_read() -> None:
     assert bool(left.read[:, -1].all()) and int(left.read.sum()) == 12
 
 
+def test_they_show_what_they_hold_and_not_every_text() -> None:
+    data = contrast(groups=["a", "a", "b", "b", "c", "c"], name="five")
+    assert (
+        repr(data) == "Contrast('five': 6 positive, 6 negative, pairs, 3 groups; such as 'w1 w5 w10' and 'w1 w6 w10')"
+    )
+    shown = repr(data.tokens(word_tokenizer()))
+    assert shown == "ConceptTokens('five': 12 rows, 3 groups, in pairs; read 6 negative, 6 positive)"
+    assert len(data.head(2)) == 4 and data.head(2).groups == (("a", "a"), ("a", "a"))
+
+
 def test_a_rule_reads_a_span_or_every_token_that_is_not_special() -> None:
     marked = Contrast.make([Prompt.parse("w1 {x:w5 w7} w2")], [Prompt.parse("w1 w2 {x:w6} w2")], paired=False)
     tokenizer = word_tokenizer()
