@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 __all__ = ["MetricName", "PairsConfig", "PairsOptions", "open_pairs"]
 
 
+_USUAL = "ioi"
+
+
 class PairsOptions(Settings):
     """Which prompts."""
 
     task: str | None = Field(
         default=None,
-        description="a task that the model's tokenizer takes, such as ioi, facts, induction; an unknown one lists them",
+        description="a task that the model's tokenizer takes, such as facts, induction; an unknown one lists them; without "
+        "a file it is ioi",
     )
     file: str | None = Field(default=None, description="a file that PromptPairs.save wrote, instead of a task")
     n: int = Field(default=32, gt=0, description="pairs; of a file, the first so many")
@@ -28,7 +32,7 @@ class PairsOptions(Settings):
 
     @model_validator(mode="after")
     def _one_source(self) -> "PairsOptions":
-        if (self.task is None) == (self.file is None):
+        if self.task is not None and self.file is not None:
             raise ValueError("give either task or file")
         return self
 
@@ -36,7 +40,7 @@ class PairsOptions(Settings):
 class PairsConfig(ModelConfig):
     """A model, its prompts, and where results go."""
 
-    pairs: PairsOptions = PairsOptions(task="ioi")
+    pairs: PairsOptions = PairsOptions()
 
 
 MetricName = Literal["logit_diff", "prob_diff", "log_prob"]
@@ -58,7 +62,6 @@ def open_pairs(hm: "HookManager", options: PairsOptions, *, bos: bool | None = N
         held = PromptPairs.load(options.file)
         pairs = held[: options.n]
     else:
-        assert options.task is not None
-        pairs = model_pairs(hm, options.task, options.n, seed=options.seed, held_out=options.held_out)
+        pairs = model_pairs(hm, options.task or _USUAL, options.n, seed=options.seed, held_out=options.held_out)
     pairs.check(hm, bos=bos)
     return pairs

@@ -77,7 +77,7 @@ class PatchConfig(PairsConfig):
         noisy = [name for name in ("noise", "n_draws", "noise_seed") if getattr(self, name) is not None]
         if noisy and self.ablation != "gaussian":
             raise ValueError(f"{noisy[0]} is for ablation: gaussian")
-        if self.ablation == "optimal" and self.pairs.task is None:
+        if self.ablation == "optimal" and self.pairs.file is not None:
             raise ValueError("ablation: optimal fits on the other split of a task's words; give pairs.task, no file")
         if self.ablation == "optimal" and (self.by not in (None, "head", "site") or self.pos is not None):
             raise ValueError("ablation: optimal is one constant for all positions; give by: head or site, and no pos")

@@ -16,6 +16,7 @@ from interp.core.result import Result
 from interp.patching.circuits.circuit import Circuit
 from interp.patching.estimates.edge_scores import EdgeScores
 from interp.patching.result import PatchResult
+from interp.testbed.tasks import task_pairs
 
 PAIRS = ["--model", "testbed", "--pairs.task", "ioi", "--pairs.n", "4"]
 
@@ -91,6 +92,11 @@ def test_a_dry_run_writes_nothing_and_bad_settings_are_refused(
     assert "did you mean 'ioi'" in capfd.readouterr().err
     assert main([verb, *PAIRS, "--pairs.file", "x.json", "--out", out]) == 2
     assert "give either task or file" in capfd.readouterr().err
+    task_pairs("ioi", 3).save(tmp_path / "pairs.json")
+    assert (
+        main([verb, "--model", "testbed", "--pairs.file", str(tmp_path / "pairs.json"), "--out", out, "--dry-run"]) == 0
+    )
+    capfd.readouterr()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
     assert main([verb, *PAIRS, "--out", str(tmp_path / "mine"), "--force"]) == 2
