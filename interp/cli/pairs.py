@@ -22,8 +22,7 @@ class PairsOptions(Settings):
 
     task: str | None = Field(
         default=None,
-        description="a task that the model's tokenizer takes, such as facts, induction; an unknown one lists them; without "
-        "a file it is ioi",
+        description="a task that the model's tokenizer takes, such as facts; an unknown one lists them; by default ioi",
     )
     file: str | None = Field(default=None, description="a file that PromptPairs.save wrote, instead of a task")
     n: int = Field(default=32, gt=0, description="pairs; of a file, the first so many")
