@@ -1,7 +1,7 @@
 """Figures of steering: effect against dose, effect against side effects, sites by doses."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,11 +71,11 @@ def dose_response(
     figure = go.Figure()
     for one in lines:
         _add_samples(figure, one)
-    named: set[str] = set()
+    looks: dict[str, dict[str, Any]] = {}
     for one, colour in _coloured(lines):
         mean = one.mean.double()
         drawn = {"width": 1 if one.control else 2, "color": colour, "dash": "dot" if one.control else "solid"}
-        _add_name(figure, one, named, mode="lines+markers", line=drawn, marker={"size": 6, "color": colour})
+        looks[_group(one)] = {"mode": "lines+markers", "line": drawn, "marker": {"size": 6, "color": colour}}
         figure.add_scatter(
             x=one.doses.tolist(),
             y=mean.tolist(),
@@ -94,7 +94,7 @@ def dose_response(
                 "width": 3,
             },
         )
-    _explain_marks(figure, lines, "x")
+    _explain(figure, looks, lines, "x")
     dressed(figure, title)
     figure.add_hline(y=0, line={"dash": "dot", "width": 1, "color": _CONTROL})
     figure.update_layout(height=420, hovermode="closest")
@@ -135,18 +135,14 @@ def _group(one: DoseLine) -> str:
     return "random directions" if one.control else plain(one.name)
 
 
-def _add_name(figure: "plotly.graph_objects.Figure", one: DoseLine, named: set[str], **looks: Any) -> None:
-    """What the legend shows, on a trace of its own: that of the points would show the mark of the first of them."""
-    group = _group(one)
-    if group not in named:
-        figure.add_scatter(x=[None], y=[None], name=group, legendgroup=group, hoverinfo="skip", **looks)
-    named.add(group)
-
-
-def _explain_marks(figure: "plotly.graph_objects.Figure", lines: Sequence[DoseLine], symbol: str) -> None:
-    """Say in the legend what the mark of a broken limit means, where there is one."""
+def _explain(
+    figure: "plotly.graph_objects.Figure", looks: Mapping[str, Mapping[str, Any]], lines: Sequence[DoseLine], mark: str
+) -> None:
+    """What the legend shows, on traces of its own (of points it would show the mark of the first): names, and marks."""
+    for group, look in looks.items():
+        figure.add_scatter(x=[None], y=[None], name=group, legendgroup=group, hoverinfo="skip", **look)
     if any(bool(one.flagged.any()) for one in lines):
-        marker = {"size": 7, "color": _CONTROL, "symbol": symbol}
+        marker = {"size": 7, "color": _CONTROL, "symbol": mark}
         name = "breaks a limit"
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, hoverinfo="skip")
 
@@ -199,13 +195,13 @@ def trade_off(
     if not lines:
         raise DataError("trade_off() was given no lines; give at least one")
     figure = go.Figure()
-    named: set[str] = set()
+    looks: dict[str, dict[str, Any]] = {}
     for one, colour in _coloured(lines):
         if one.cost.shape != one.doses.shape:
             raise ShapeError(f"{one.name!r} has {tuple(one.cost.shape)} costs for {len(one.doses)} doses")
         size = 6 if one.control else 9
         symbols = ["circle-open" if f else "circle" for f in one.flagged.tolist()]
-        _add_name(figure, one, named, mode="markers", marker={"size": size, "color": colour})
+        looks[_group(one)] = {"mode": "markers", "marker": {"size": size, "color": colour}}
         figure.add_scatter(
             x=one.cost.double().tolist(),
             y=one.mean.double().tolist(),
@@ -225,7 +221,7 @@ def trade_off(
             hovertemplate=f"{plain(one.name)}, %{{text}}<br>%{{x:.4g}}, %{{y:.4g}}<extra></extra>",
         )
     _add_frontier(figure, lines)
-    _explain_marks(figure, lines, "circle-open")
+    _explain(figure, looks, lines, "circle-open")
     dressed(figure, title)
     if math.isfinite(baseline):
         plumb = {"dash": "dash", "width": 1, "color": _CONTROL}
