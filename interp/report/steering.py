@@ -20,6 +20,9 @@ _WAYS = ["#1f6fc9", "#d9640f", "#2a9d6f", "#a14fb5", "#c9a21f", "#5b6472"]
 _CONTROL, _FAINT = "#9aa0aa", "rgba(127,127,127,0.22)"
 _MOST_SAMPLES = 60
 _MARK = "×"
+# Whole numbers at the ticks: plotly's own say "2" for 20.
+_TICKS = [m * 10.0**k for k in range(-6, 13) for m in (1, 2, 5)]
+_LOG = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,.15g}" for tick in _TICKS]}
 
 
 class DoseLine(NamedTuple):
@@ -228,8 +231,8 @@ def trade_off(
         figure.add_vline(x=baseline, line=plumb)
         figure.add_scatter(x=[None], y=[None], mode="lines", line=plumb, name="unsteered", hoverinfo="skip")
     figure.update_layout(height=420, hovermode="closest")
-    figure.update_xaxes(title={"text": plain(cost), "standoff": 10}, **({"type": "log", "dtick": "D2"} if log else {}))
-    figure.update_layout(margin_t=80 if sum(trace.showlegend is not False for trace in figure.data) > 5 else 56)
+    figure.update_xaxes(title={"text": plain(cost), "standoff": 10}, **(_LOG if log else {}))
+    figure.update_layout(margin_t=92 if sum(trace.showlegend is not False for trace in figure.data) > 5 else 56)
     figure.update_yaxes(title={"text": plain(value), "standoff": 10})
     return figure
 
