@@ -174,8 +174,9 @@ class ProbeResult(Result):
             {task: held for task, held in shown.items() if not bool(held[:, 0].isnan().all())},
             x=figures.Axis("site", self.sites),
             title=f"{self.name}: {self.kind} probes",
-            value=metric.replace("_", " "),
+            value=metric.upper() if metric in ("auroc", "mcc") else metric.replace("_", " "),
             reference=floor.get(metric),
+            reference_is="always the most frequent class" if metric == "accuracy" else "chance",
         )
 
     def summary(self) -> str:

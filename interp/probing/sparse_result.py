@@ -194,8 +194,9 @@ class SparseProbes(Result):
             {task: held for task, held in shown.items() if not bool(held[..., 0].isnan().all())},
             x=figures.Axis(f"{self.kind}s", [str(k) for k in self.k]),
             title=f"{self.name}: probes on few {self.kind}s of {self.sites[at]}",
-            value=metric.replace("_", " "),
+            value=metric.upper() if metric in ("auroc", "mcc") else metric.replace("_", " "),
             reference=floor.get(metric),
+            reference_is="always the most frequent class" if metric == "accuracy" else "chance",
         )
 
     def summary(self) -> str:

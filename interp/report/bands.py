@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.errors import ShapeError
-from interp.report.figures import Axis, line
+from interp.report.figures import Axis, line, plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -22,6 +22,7 @@ def band_lines(
     title: str = "",
     value: str = "value",
     reference: float | None = None,
+    reference_is: str = "",
 ) -> "plotly.graph_objects.Figure":
     """Draw one line per named series, with its interval at every point.
 
@@ -31,6 +32,7 @@ def band_lines(
         title: Heading of the figure.
         value: What the values are, with their unit.
         reference: A height to mark with a dotted line, such as chance.
+        reference_is: What stands at it; empty for nothing.
 
     Returns:
         The figure.
@@ -53,5 +55,12 @@ def band_lines(
             "width": 3,
         }
     if reference is not None:
-        figure.add_hline(y=reference, line={"dash": "dot", "width": 1, "color": "#7b808a"})
+        figure.add_hline(y=reference, line={"dash": "dot", "width": 1, "color": "#7b808a"}, **_note(reference_is))
     return figure
+
+
+def _note(text: str) -> dict[str, object]:
+    if not text:
+        return {}
+    font = {"size": 11, "color": "#7b808a"}
+    return {"annotation": {"text": plain(text), "font": font}, "annotation_position": "bottom right"}

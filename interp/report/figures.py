@@ -24,11 +24,13 @@ _FAINT = "rgba(127,127,127,0.07)"
 _SEQUENTIAL = [[0.0, _FAINT], [1.0, "#d9640f"]]
 _DIVERGING = [[0.0, "#1f6fc9"], [0.5, _FAINT], [1.0, "#d9640f"]]
 _LINES = ["#1f6fc9", "#d9640f", "#2a9d6f", "#a14fb5", "#c9a21f", "#5b6472"]
-_CELL, _CELL_WIDTH, _CELL_TEXT, _MOST_TICKS = 30, 58, 8, 64
+_CELL, _CELL_WIDTH, _CELL_TEXT, _MOST_TICKS, _TICK_TEXT = 30, 58, 8, 64, 24
 # So many cells with text fit a page; a wider figure scrolls.
 _FITTING = 16
 # Lines of so few points show each of them.
 _FEW_POINTS = 40
+# An axis of so few whole numbers has a tick at each, and none between.
+_FEW_PLACES = 24
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def heatmap(
         columns: The horizontal axis.
         title: Heading of the figure.
         value: What the numbers are, with their unit; stands under the title.
-        text: Text in the cells.
+        text: Text in the cells; empty for none.
         hover: Further lines of the hover box, `\\n` between them.
         diverging: Centre the colours on 0, for signed values.
 
@@ -89,7 +91,7 @@ def heatmap(
     box = [[places[r][c] + (extra[r][c] if extra else "") for c in range(width)] for r in range(height)]
     cells: dict[str, Any] = {}
     if text is not None:
-        shown = [[plain(_short(cell, _CELL_TEXT)) for cell in row] for row in text]
+        shown = [[plain(_short(cell, _CELL_TEXT)) if cell else "" for cell in row] for row in text]
         cells = {"text": shown, "texttemplate": "%{text}", "textfont": {"size": 10}}
     figure = go.Figure(
         go.Heatmap(
@@ -167,6 +169,8 @@ def curves(
 ) -> "plotly.graph_objects.Figure":
     """Draw named series, each at its own places, in panels that stand below one another over one axis.
 
+    A name has one colour and one place in the legend, whatever panels it is in.
+
     Args:
         panels: Heading of a panel → name of a series → (places, values); NaN leaves a gap.
         x: What the places are, with their unit.
@@ -190,17 +194,22 @@ def curves(
     gap = 64 / (160 * count + 64)
     headings = [plain(name) for name in panels]
     figure = make_subplots(rows=count, cols=1, shared_xaxes=True, vertical_spacing=gap / 2, subplot_titles=headings)
-    colours = cycle(_LINES)  # on through the panels: they share one legend
+    names = dict.fromkeys(name for panel in panels.values() for name in panel)
+    colours = dict(zip(names, cycle(_LINES), strict=False))  # on through the panels: they share one legend
+    explained: set[str] = set()
     for row, panel in enumerate(panels.values(), 1):
         for name, (places, values) in panel.items():
+            told = len(panel) > 1 and name not in explained
+            explained |= {name} if told else set()
             figure.add_scatter(
                 x=places.detach().cpu().tolist(),
                 y=values.detach().double().cpu().tolist(),
                 name=plain(name),
                 mode="lines+markers" if len(places) <= _FEW_POINTS else "lines",
-                line={"width": 2, "color": next(colours)},
+                line={"width": 2, "color": colours[name]},
                 marker={"size": 5},
-                showlegend=len(panel) > 1,
+                legendgroup=plain(name),
+                showlegend=told,
                 row=row,
                 col=1,
             )
@@ -209,6 +218,10 @@ def curves(
     beside = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"}
     figure.update_layout(height=200 + 160 * count, hovermode="x unified", legend=beside)
     figure.update_xaxes(title={"text": plain(x) if x else "", "standoff": 10}, row=count, col=1)
+    every = [places for panel in panels.values() for places, _ in panel.values() if len(places)]
+    if every and not any(p.is_floating_point() for p in every):
+        span = max(int(p.max()) for p in every) - min(int(p.min()) for p in every)
+        figure.update_xaxes(**({"dtick": 1} if span <= _FEW_PLACES else {}))
     return figure
 
 
@@ -294,7 +307,7 @@ def _ticks(axis: Axis, n: int) -> dict[str, Any]:
     return {
         "title": {"text": plain(axis.title) if axis.title else "", "standoff": 10},
         "tickvals": shown,
-        "ticktext": [plain(_short(axis.labels[i], 18)) if axis.labels else str(i) for i in shown],
+        "ticktext": [plain(_short(axis.labels[i], _TICK_TEXT)) if axis.labels else str(i) for i in shown],
     }
 
 

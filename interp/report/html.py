@@ -3,8 +3,10 @@
 import functools
 import html
 import importlib.resources
+import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ __all__ = [
 ]
 
 TABLE_ROWS = 200
+# A column with a text of more characters is set as text.
+_LONG_TEXT = 32
 _FIGURE_CONFIG = {
     "displaylogo": False,
     "responsive": True,
@@ -214,8 +218,17 @@ def _body(body: Any, number: int) -> tuple[Markup, bool]:
         return Markup('<div class="figure">{}</div>').format(Markup(inner)), True
     if hasattr(body, "to_html") and hasattr(body, "columns"):
         table = body.to_html(index=False, escape=True, border=0, float_format=lambda x: f"{x:.4g}", na_rep="–")
-        return Markup('<div class="table">{}</div>').format(Markup(table)), False
+        return Markup('<div class="table">{}</div>').format(Markup(_with_words(table, body))), False
     raise DataError(f"a section's body is a {type(body).__name__}; give text, a plotly Figure, a View or a DataFrame")
+
+
+def _with_words(table: str, frame: "pandas.DataFrame") -> str:
+    """Mark the cells of columns that hold long text: they are set as text, and wrap."""
+    held = [[str(value) for value in frame.iloc[:, i] if isinstance(value, str)] for i in range(frame.shape[1])]
+    wide = itertools.cycle([max(map(len, column), default=0) > _LONG_TEXT for column in held])
+    if frame.columns.nlevels > 1:
+        return table
+    return re.sub(r"<t([dh])>", lambda cell: f'<t{cell[1]} class="words">' if next(wide) else cell[0], table)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 
 from tests.notebooks import NOTEBOOKS, REAL_MODELS, code_cells, run
 
-NEED_REAL_MODELS = {"06_real_models"}
+NEED_REAL_MODELS = {"04_real_models", "06_real_models"}
 """These run to their end in tests/real."""
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

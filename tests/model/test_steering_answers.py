@@ -30,6 +30,11 @@ def testbed() -> HookManager:
     return HookManager.load("testbed")
 
 
+def drawn_lines(found: Result) -> list[Any]:
+    """The lines of a figure, without what explains them."""
+    return [trace for trace in found.plot().data if trace.error_y.array is not None]
+
+
 def answering(tokenizer: Any, *, letter: float, content: float) -> HookManager:
     """A model whose logit of " A" over " B" is a bias for the letter, and ± one for what the last token says."""
     model: Any = nano(
@@ -92,7 +97,7 @@ def test_steering_a_letter_moves_the_bias_and_no_preference(testbed: HookManager
     torch.testing.assert_close(found.letter_bias[cells], 0.5 + torch.tensor(doses)[:, None].expand(3, 6))
     alone = [i for i, name in enumerate(found.steers) if name == "nothing"]
     assert (found.log_odds[alone] == found.log_odds[0]).all()
-    assert len(found.to_frame()) == 7 and found.steers[0] == "unsteered" and len(found.plot().data) == 2
+    assert len(found.to_frame()) == 7 and found.steers[0] == "unsteered" and len(drawn_lines(found)) == 2
     back = Result.load(found.save(tmp_path / "ab"))
     assert isinstance(back, ABResult) and back.summary() == found.summary()
 
@@ -162,6 +167,8 @@ def test_one_half_of_the_prompts_chooses_and_the_other_scores() -> None:
     assert best.missing == 1
     turned = replace(found, chooses=torch.tensor([False, False, True, True])).chosen()
     assert turned.dose == 2.0 and turned.score.mean == pytest.approx(0.5)
+    (line,) = drawn_lines(found)
+    assert line.x == (0.0, 1.0, 2.0) and line.y[0] == 2.0, "the model alone stands at dose 0"
 
 
 def test_a_missing_aspect_makes_the_score_missing_not_zero() -> None:
@@ -190,7 +197,7 @@ def test_texts_of_every_dose_are_judged_with_their_prompts(testbed: HookManager,
     assert int(found.chooses.sum()) == 2
     table = found.to_frame()
     assert (table["missing"] == 1).all() and found.control.tolist() == [False, False, False, True, True]
-    assert "5 of 20 scores" in found.summary() and len(found.plot().data) == 2
+    assert "5 of 20 scores" in found.summary() and [line.x for line in drawn_lines(found)] == [(0.0, 3.0)] * 2
     back = Result.load(found.save(tmp_path / "open"))
     assert isinstance(back, OpenEnded) and back.summary() == found.summary()
 

@@ -135,12 +135,16 @@ class OpenEnded(Result):
         return pd.DataFrame(self.records())
 
     def plot(self) -> "plotly.graph_objects.Figure":
-        """Draw the mean score against dose with 95 % intervals over prompts, missing ones left out."""
+        """Draw the mean score against dose with 95 % intervals over prompts, missing ones left out.
+
+        The unsteered model's score stands at dose 0 of every line.
+        """
         from interp.report.steering import DoseLine, dose_response
 
         overall, lines = self.overall, []
         for name, site in dict.fromkeys(zip(self.steers[1:], self.sites[1:], strict=True)):
             cells = [i for i in range(1, len(self.steers)) if (self.steers[i], self.sites[i]) == (name, site)]
+            cells += [] if bool((self.doses[cells] == 0).any()) else [0]
             cells.sort(key=lambda i: float(self.doses[i]))
             known = [bootstrap(overall[i]) for i in cells]
             mean, low, high = (torch.tensor([e[j] for e in known]) for j in range(3))
@@ -151,7 +155,7 @@ class OpenEnded(Result):
                     mean=mean,
                     low=low,
                     high=high,
-                    control=bool(self.control[cells[0]]),
+                    control=bool(self.control[cells].any()),
                     flagged=torch.zeros(len(cells), dtype=torch.bool),
                     cost=torch.zeros(0),
                     samples=overall[cells][:, :0],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["COSTS", "draw"]
 
 COSTS = {
-    "perplexity": "perplexity of generated text, unsteered model",
+    "perplexity": "perplexity of what is generated, under the unsteered model",
     "kl": "KL from the unsteered model, nats per token",
     "loss_change": "change of the loss, nats per token",
 }
@@ -49,13 +49,20 @@ def draw(sweep: "SteeringSweep", kind: str, against: str) -> "plotly.graph_objec
         # Samples of several lines over one another could not be told apart.
         alone = sum(not line.control for line in lines) == 1
         kept = [line if alone and not line.control else line._replace(samples=line.samples[:, :0]) for line in lines]
-        return dose_response(kept, unit=sweep.unit, value=value, title=sweep.title)
+        return dose_response(kept, unit=sweep.unit, value=value, title="Mean effect of each dose")
     from interp.report.steering import trade_off
 
     if bool(torch.cat([line.cost for line in lines]).isnan().all()):
         raise DataError(f"{against} was not measured in this sweep; draw it against another, or generate text")
     base = float(sweep.base_perplexity.log().mean().exp()) if against == "perplexity" else 0.0
-    return trade_off(lines, cost=COSTS[against], value=value, baseline=base, title="What the effect costs")
+    return trade_off(
+        lines,
+        cost=COSTS[against],
+        value=value,
+        baseline=base,
+        log=against == "perplexity",
+        title="What the effect costs",
+    )
 
 
 def _costs(sweep: "SteeringSweep") -> "plotly.graph_objects.Figure":

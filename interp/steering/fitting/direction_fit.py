@@ -200,14 +200,17 @@ class DirectionFit(Result):
 
     def plot(self) -> "plotly.graph_objects.Figure":
         """Draw the held-out AUROC of the direction over the sites, with the mean of each kind of control."""
-        from interp.report.figures import Axis, line
+        from interp.report.bands import band_lines
+        from interp.report.figures import Axis
 
-        series = {self.method: self.figures[0, :, 0, 0]}
-        for kind in ("random", "shuffled", "null"):
+        series = {self.method: self.figures[0, :, 0]}
+        told = {"random": "random", "shuffled": "shuffled fit", "null": "shuffled fit on shuffled labels"}
+        for kind, words in told.items():
             rows = [i for i, name in enumerate(self.kinds) if name.split()[0] == kind]
-            series[f"{kind}, mean of {len(rows)}"] = self.figures[rows, :, 0, 0].mean(0)
+            series[f"{words}, mean of {len(rows)}"] = self.figures[rows, :, 0].mean(0)
         title = f"How well a direction tells {self.name} apart, held out"
-        return line(series, x=Axis("site", self.sites), title=title, value="AUROC")
+        x = Axis("site", self.sites)
+        return band_lines(series, x=x, title=title, value="AUROC", reference=0.5, reference_is="chance")
 
     def summary(self) -> str:
         """Say what was fitted on what, and where it separates best."""
@@ -361,5 +364,7 @@ def _as_good(table: Tensor, kinds: list[str], sites: list[str], method: str) -> 
         return []
     more = f" and {len(named) - 4} more" if len(named) > 4 else ""
     text = f"a control separates held-out examples as well as {method} at {', '.join(named[:4])}{more}"
-    warnings.warn(f"{text}; the direction is no better than chance there: take another site or more data", stacklevel=3)
+    warnings.warn(
+        f"{text}; the direction is no better than its controls there: take another site, or more data", stacklevel=3
+    )
     return [text]

@@ -122,7 +122,8 @@ class FunctionVectorScores(Result):
             }
             for condition in self.conditions
         }
-        return curves(panels, x="added after block", title=f"{self.task}: right answers on test items")
+        title = f"{self.task}: share of right answers on test items"
+        return curves(panels, x="added after block", title=title).update_yaxes(range=[-0.05, 1.05])
 
     def summary(self) -> str:
         """Give the accuracies at the vector's own layer."""
