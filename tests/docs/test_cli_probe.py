@@ -174,3 +174,25 @@ def test_a_table_is_read_with_its_groups_and_what_is_wrong_with_it_is_said(tmp_p
         (tmp_path / "two" / name).write_text(quoted.read_text(), encoding="utf-8")
     with pytest.raises(DataError, match="two files named 'x'"):
         contrasts_in_folder(tmp_path / "two")
+
+
+def test_a_table_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"text": "one\u2028two", "label": 1}, ensure_ascii=False) + '\n{"text": "x", "label": 0}')
+    assert contrast_from_file(file).positive[0].text == "one\u2028two"
+    file = tmp_path / "a.csv"
+    file.write_text('text,label\none\x85two,1\n"three\nfour",0\n', encoding="utf-8")
+    held = contrast_from_file(file)
+    assert (held.positive[0].text, held.negative[0].text) == ("one\x85two", "three\nfour")
+    for body, said in (
+        ("text,text,label\na,b,1\nc,d,0\n", "two columns 'text'"),
+        (f"text,label\n{'y' * 200_000},1\nx,0\n", "is a quote left open"),
+        ("text,label\n   ,1\nx,0\n", "expected a text"),
+    ):
+        file.write_text(body)
+        with pytest.raises(DataError, match=said):
+            contrast_from_file(file)
+    file = tmp_path / "b.jsonl"
+    file.write_text('{"text": ["a", "b"], "label": 1}\n{"text": "c", "label": 0}')
+    with pytest.raises(DataError, match=r"line 1: 'text' is \['a', 'b'\]; expected a text"):
+        contrast_from_file(file)
