@@ -9,11 +9,12 @@ import pytest
 from interp.cli.main import main
 from interp.cli.probe import ProbeConfig
 from interp.core.direction import Direction
-from interp.core.errors import DataError
+from interp.core.errors import ConfigError, DataError
 from interp.data.contrast_files import contrast_from_file, contrasts_in_folder
 from interp.probing.detect import Transfer
 from interp.probing.result import ProbeResult
 from interp.probing.sparse_result import SparseProbes
+from interp.testbed.concepts import world_concept
 from interp.testbed.tasks import task_pairs
 
 LABEL = [
@@ -196,3 +197,20 @@ def test_a_table_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
     file.write_text('{"text": ["a", "b"], "label": 1}\n{"text": "c", "label": 0}')
     with pytest.raises(DataError, match=r"line 1: 'text' is \['a', 'b'\]; expected a text"):
         contrast_from_file(file)
+
+
+def test_a_table_that_is_called_as_a_result_is_refused_before_work_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "transfer"):
+        table(tmp_path / f"{name}.csv", held_out=False, n=8)
+    words = ["probe", "--model", "testbed", "--data.folder", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(words) == 1 and "a table named 'transfer'" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe")
+    assert main(["probe", str(tmp_path / "bad.yaml")]) == 2 and "is not YAML" in capfd.readouterr().err
+
+
+def test_a_class_is_asked_for_once() -> None:
+    with pytest.raises(ConfigError, match="each once"):
+        world_concept(None, "sentiment", 4, classes=["positive", "positive"])

@@ -76,7 +76,7 @@ class TrainedOptions:
         for name in ("lr", "weight_decay", "l1", "clip"):
             value = getattr(self, name)
             least = 0 if name not in ("lr", "clip") else 1e-30
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e30:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e38:
                 raise ConfigError(
                     f"{name}={value!r}: expected a finite number {'above' if name in ('lr', 'clip') else '≥'} 0"
                 )
