@@ -99,7 +99,8 @@ def load_axbench(
         name, genre = str(own["output_concept"].iloc[0]), str(own["concept_genre"].iloc[0])
         shared = train[(train["concept_id"] < 0) & (train["concept_genre"] == genre)]
         negative = pandas.concat([shared, own[own["category"] != _POSITIVE]])
-        parts = [own[own["category"] == _POSITIVE], negative, *(out[out["category"] == kind] for kind in (_POSITIVE, _NEGATIVE, _HARD))]
+        sought = [out[out["category"] == kind] for kind in (_POSITIVE, _NEGATIVE, _HARD)]
+        parts = [own[own["category"] == _POSITIVE], negative, *sought]
         sides = [_prompts(part, shape) for part in parts]
         skipped += sum(len(part) - len(side) for part, side in zip(parts, sides, strict=True))
         for what, side in zip(("training", "negative training", "held-out", "negative held-out"), sides, strict=False):

@@ -113,7 +113,9 @@ def gather(
         raise ConfigError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: expected at least 1 row")
-    wanted = [site for given in ([sites] if isinstance(sites, str | Site) else sites) for site in hm.atlas.expand(given)]
+    wanted = [
+        site for given in ([sites] if isinstance(sites, str | Site) else sites) for site in hm.atlas.expand(given)
+    ]
     if not wanted:
         raise SiteError("no site to read activations at; give names or globs such as '*.resid_post'")
     for site in wanted:

@@ -179,7 +179,9 @@ def test_a_table_is_read_with_its_groups_and_what_is_wrong_with_it_is_said(tmp_p
 
 def test_a_table_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"text": "one\u2028two", "label": 1}, ensure_ascii=False) + '\n{"text": "x", "label": 0}')
+    file.write_text(
+        json.dumps({"text": "one\u2028two", "label": 1}, ensure_ascii=False) + '\n{"text": "x", "label": 0}'
+    )
     assert contrast_from_file(file).positive[0].text == "one\u2028two"
     file = tmp_path / "a.csv"
     file.write_text('text,label\none\x85two,1\n"three\nfour",0\n', encoding="utf-8")
@@ -214,3 +216,16 @@ def test_a_table_that_is_called_as_a_result_is_refused_before_work_starts(
 def test_a_class_is_asked_for_once() -> None:
     with pytest.raises(ConfigError, match="each once"):
         world_concept(None, "sentiment", 4, classes=["positive", "positive"])
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ProbeResult, path: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    table(tmp_path / "a.csv", held_out=False)
+    monkeypatch.setattr(ProbeResult, "to_html", full)
+    words = ["probe", "--model", "testbed", "--data.file", str(tmp_path / "a.csv"), "--sites", "1.resid_post"]
+    assert main([*words, "--n-bootstrap", "0", "--out", str(tmp_path / "out")]) == 1
+    assert "cannot be written: No space left on device; make room" in capfd.readouterr().err

@@ -84,7 +84,9 @@ def test_what_a_method_of_the_user_raises_is_named_and_the_others_are_kept() -> 
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("wrong", [{"factors": (math.nan,)}, {"factors": 1.0}, {"temperature": -1.0}, {"batch_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"factors": (math.nan,)}, {"factors": 1.0}, {"temperature": -1.0}, {"batch_size": 0}]
+)
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="expected"):
         CompareOptions(**wrong)

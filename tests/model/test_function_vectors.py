@@ -94,11 +94,13 @@ def test_heads_tasks_and_models_that_do_not_belong_are_refused() -> None:
         lambda: decode_vector(other, made),
         lambda: reconstruct_vector(other, made),
     ):
-        with pytest.raises(ModelError, match="measure this one|fit one on it"):
+        with pytest.raises(ModelError, match=r"measure this one|fit one on it"):
             refused()
     with pytest.raises(DataError, match="are among those that the vector was made of"):
         evaluate_function_vector(hm, made, tasks["a"].split(seed=1), n_random=1)
-    rebuilt = reconstruct_vector(hm, function_vector(hm, tasks["a"], heads=[CARRIER, (1, 0)], layer=0, options=FEW), k=5, steps=2)
+    rebuilt = reconstruct_vector(
+        hm, function_vector(hm, tasks["a"], heads=[CARRIER, (1, 0)], layer=0, options=FEW), k=5, steps=2
+    )
     assert rebuilt.to_frame()[["layer", "head"]].to_numpy().tolist() == [[-1, -1]]
 
 

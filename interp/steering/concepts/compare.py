@@ -285,7 +285,7 @@ def _one(stage: _Stage, table: "_Table", at: tuple[int, int], name: str, fit: Fi
         table.factor[at] = float(doses[best].value)
         said = stage.texts[best][int(stage.scoring[0])]
         table.examples[f"{stage.concept.name} / {name}"] = f"{stage.prompts[int(stage.scoring[0])]} |{said}"
-    except Exception as err:  # of a method that a user brings, too: hours of others' work stand in the table
+    except Exception as err:  # noqa: BLE001, of a method that a user brings: hours of others' work stand in the table
         said = str(err) if isinstance(err, InterpError) else f"{type(err).__name__}: {err}"
         table.failed[f"{stage.concept.name} / {name}"] = said
 

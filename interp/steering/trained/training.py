@@ -1,6 +1,5 @@
 """Training what edits one site, by the loss of texts under the edit: the options, the texts, the loop."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
