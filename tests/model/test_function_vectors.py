@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,9 +84,10 @@ def test_heads_tasks_and_models_that_do_not_belong_are_refused() -> None:
     for heads, said in (([CARRIER, CARRIER], "stands there twice"), ([0, 1], "list of"), ("all", "list of")):
         with pytest.raises(ConfigError, match=said):
             function_vector(hm, tasks["a"], heads=heads, layer=0, options=FEW)  # type: ignore[arg-type]
-    for given in ([], tasks, "a"):
+    unfit: list[Any] = [[], tasks, "a"]
+    for given in unfit:
         with pytest.raises(ConfigError, match="expected a FunctionTask"):
-            head_effects(hm, given, options=FEW)  # type: ignore[arg-type]
+            head_effects(hm, given, options=FEW)
     made = function_vector(hm, tasks["a"], heads=4, layer=0, effects=effects)
     assert made.n_shots == FEW.n_shots and made.heads == [CARRIER] and "only 1 have" in made.notes[0]
     for refused in (
