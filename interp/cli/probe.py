@@ -157,6 +157,8 @@ def _opened(hm: "HookManager", cfg: ProbeConfig) -> "dict[str, ConceptTokens]":
     else:
         assert d.folder is not None
         held = contrasts_in_folder(d.folder, text=text, label=label, group=group, positive=positive)
+        if "transfer" in held:
+            raise ConfigError(f"{d.folder} has a table named 'transfer', which is what probes on other data are called")
     rule = Where() if d.tokens == "all" else Where(pos=-1)
     return {name: contrast.tokens(hm, where=rule, bos=cfg.bos) for name, contrast in held.items()}
 

@@ -48,7 +48,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no config file {file}; {nearest(file.name, beside) or 'give the path of a YAML file'}")
     try:
         held = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as err:
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
         fault = " ".join(str(err).split())
         raise ConfigError(f"{file} is not YAML: {fault}") from err
     if not isinstance(held, dict):

@@ -127,8 +127,8 @@ class ABQuestions(Sequence[ABQuestion]):
         """
         file = Path(path)
         try:
-            text = file.read_text(encoding="utf-8")
-            lines = [line for line in text.splitlines() if line.strip()]
+            text = file.read_text(encoding="utf-8-sig")
+            lines = [line for line in text.split("\n") if line.strip()]  # a text may hold U+2028, which ends no line
             records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
         except (OSError, ValueError) as err:
             raise DataError(f"{file} cannot be read as A/B questions ({err}); give a JSON list or JSON lines") from err

@@ -35,7 +35,7 @@ class AxBench:
         genres: "text", "code" or "math", for each.
         sae_ids: number of the latent that the concept was the label of, for each; -1 where the file says none.
         instructions: instructions of held-out rows, each once, in the order of the file.
-        skipped: rows without a text after the instruction.
+        skipped: rows without a text after the instruction, or without an instruction.
     """
 
     concepts: tuple[Concept, ...]
@@ -76,13 +76,19 @@ def load_axbench(
 
     Raises:
         ArtifactError: a file is missing, or lacks a column; says what is there.
-        ConfigError: another template.
+        ConfigError: another template, or a number below 1.
         DataError: a concept without training or held-out texts.
 
     Source: Wu et al. (2025), arXiv 2501.17148, §3 and appendix: negatives of training are those of the concept's
-    genre, shared by its concepts. Departure: the chat template is the caller's.
+    genre, shared by its concepts, beside those that name the concept, where a folder has such. Departure: the chat
+    template is the caller's.
     """
+    import pandas
+
     before, between, after = _template(template)
+    for what, given in (("max_characters", max_characters), ("limit", limit)):
+        if given is not None and (type(given) is not int or given < 1):
+            raise ConfigError(f"{what}={given!r}: expected a whole number ≥ 1, or None")
     root = Path(folder)
     train, held = (_read(root, name) for name in (_TRAIN, _EVAL))
     shape = (before, between, after, max_characters)
@@ -92,7 +98,9 @@ def load_axbench(
         own, out = train[train["concept_id"] == number], held[held["concept_id"] == number]
         name, genre = str(own["output_concept"].iloc[0]), str(own["concept_genre"].iloc[0])
         shared = train[(train["concept_id"] < 0) & (train["concept_genre"] == genre)]
-        parts = [own, shared, *(out[out["category"] == kind] for kind in (_POSITIVE, _NEGATIVE, _HARD))]
+        negative = pandas.concat([shared, own[own["category"] != _POSITIVE]])
+        sought = [out[out["category"] == kind] for kind in (_POSITIVE, _NEGATIVE, _HARD)]
+        parts = [own[own["category"] == _POSITIVE], negative, *sought]
         sides = [_prompts(part, shape) for part in parts]
         skipped += sum(len(part) - len(side) for part, side in zip(parts, sides, strict=True))
         for what, side in zip(("training", "negative training", "held-out", "negative held-out"), sides, strict=False):
@@ -111,7 +119,7 @@ def load_axbench(
         latents.append(int(out["sae_id"].iloc[0]) if "sae_id" in out and len(out) else -1)
     if not made:
         raise DataError(f"{root / _TRAIN} has no concept: every concept_id is below 0")
-    instructions = tuple(dict.fromkeys(str(text) for text in held["input"] if str(text).strip()))
+    instructions = tuple(dict.fromkeys(text for text in held["input"] if isinstance(text, str) and text.strip()))
     return AxBench(tuple(made), tuple(numbers), tuple(genres), tuple(latents), instructions, skipped)
 
 
@@ -141,6 +149,8 @@ def _read(root: Path, name: str) -> "pandas.DataFrame":
     if lacking:
         have = ", ".join(map(repr, table.columns))
         raise ArtifactError(f"{path} has no column {lacking[0]!r}; its columns are {have}")
+    if not pandas.api.types.is_numeric_dtype(table["concept_id"]):
+        raise ArtifactError(f"concept_id of {path} is {table['concept_id'].dtype}; expected numbers, -1 for no concept")
     return table
 
 
@@ -148,9 +158,11 @@ def _prompts(rows: "pandas.DataFrame", shape: tuple[str, str, str, int | None]) 
     before, between, after, most = shape
     made = []
     for given, answer in zip(rows["input"], rows["output"], strict=True):
-        answer = str(answer).strip()[:most].rstrip()
+        if not isinstance(given, str) or not isinstance(answer, str):  # a null is no text, and not "nan"
+            continue
+        answer = answer.strip()[:most].rstrip()
         if not answer:
             continue
-        start = f"{before}{str(given).strip()[:most]}{between}"
+        start = f"{before}{given.strip()[:most]}{between}"
         made.append(Prompt(f"{start}{answer}{after}", {OUTPUT: (len(start), len(start) + len(answer))}))
     return made

@@ -12,6 +12,7 @@ from interp.core.errors import DataError
 from interp.core.frame import Frame
 from interp.core.text import Tokens, special_mask
 from interp.core.where import Where
+from interp.data.same_text import whole_texts
 
 __all__ = ["NOT_READ", "ConceptTokens"]
 
@@ -114,7 +115,7 @@ class ConceptTokens:
         )
 
     def split(self, share: float = 0.3, *, seed: int = 0) -> tuple["ConceptTokens", "ConceptTokens"]:
-        """Return two parts that share no group: to fit on, and held out.
+        """Return two parts that share no group, and no text: to fit on, and held out.
 
         Args:
             share: of the groups, held out; at least one group on either side.
@@ -125,12 +126,13 @@ class ConceptTokens:
         """
         if not 0 < share < 1:
             raise DataError(f"share={share!r}: expected a share between 0 and 1 to hold out")
-        known = self.groups.unique()
+        groups = whole_texts(self).groups
+        known = groups.unique()
         if len(known) < 2:
             raise DataError(f"all rows of {self.name!r} are of one group, so none can be held out; give groups")
         order = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
         n = min(max(1, round(share * len(known))), len(known) - 1)
-        held = torch.isin(self.groups, order[:n])
+        held = torch.isin(groups, order[:n])
         return self.take((~held).nonzero()[:, 0]), self.take(held.nonzero()[:, 0])
 
     def binary(self, positive: str | int) -> "ConceptTokens":

@@ -1,6 +1,7 @@
 """`contrast_from_file`: texts with labels, in CSV or JSON lines, as a contrast."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,7 @@ def contrast_from_file(
         if group is not None and belongs in (None, ""):
             raise DataError(f"{file}, line {line}: no {group!r}; each text needs a group, or none does")
         said = _is_positive(str(_value(row, label, file, line)), positive, values, file)
-        sides[said].append((str(_value(row, text, file, line)), belongs))
+        sides[said].append((_text(row, text, file, line), belongs))
     if not sides[True] or not sides[False]:
         raise DataError(f"{file}: all labels are {', '.join(values)}; a contrast needs texts of both kinds")
     texts, groups = ([tuple(pair[i] for pair in sides[side]) for side in (True, False)] for i in (0, 1))
@@ -128,17 +129,23 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if kind == ".jsonl":
         yield from _json_rows(file, body)
         return
-    reader = csv.DictReader(body.splitlines(keepends=True), delimiter="\t" if kind == ".tsv" else ",")
-    for row in reader:
-        if None in row or None in row.values():
-            raise DataError(
-                f"{file}, line {reader.line_num}: {len(reader.fieldnames or ())} columns are named, not so many here"
-            )
-        yield reader.line_num, row
+    # Not splitlines: U+2028, U+0085 and their like may stand in a text, and end no line of these formats.
+    reader = csv.DictReader(io.StringIO(body), delimiter="\t" if kind == ".tsv" else ",")
+    try:
+        names = list(reader.fieldnames or ())
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{file} has two columns {twice!r}; give each a name of its own")
+        for row in reader:
+            if None in row or None in row.values():
+                raise DataError(f"{file}, line {reader.line_num}: {len(names)} columns are named, not so many here")
+            yield reader.line_num, row
+    except csv.Error as err:
+        raise DataError(f"{file}, line {reader.line_num}: {err}; is a quote left open?") from err
 
 
 def _json_rows(file: Path, body: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(body.splitlines(), 1):
+    for number, line in enumerate(body.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -156,6 +163,13 @@ def _value(row: Mapping[str, Any], column: str, file: Path, line: int) -> Any:
     value = row.get(column)
     if value is None or value == "":
         raise DataError(f"{file}, line {line}: no {column!r}")
+    return value
+
+
+def _text(row: Mapping[str, Any], column: str, file: Path, line: int) -> str:
+    value = _value(row, column, file, line)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{file}, line {line}: {column!r} is {value!r:.60}; expected a text")
     return value
 
 

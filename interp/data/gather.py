@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import ConfigError, DataError
+from interp.core.errors import ConfigError, DataError, SiteError
 from interp.core.site import Site
 from interp.data.concept_tokens import NOT_READ, ConceptTokens
 
@@ -107,13 +107,20 @@ def gather(
     Raises:
         ConfigError: an unknown pool, or no rows in a batch.
         DataError: pooling over several classes, or activations that are NaN or infinite (names the site).
-        SiteError: sites that are not there.
+        SiteError: sites that are not there, or have no vector a token.
     """
     if pool not in POOLS:
         raise ConfigError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: expected at least 1 row")
-    wanted = [sites] if isinstance(sites, str | Site) else sites
+    wanted = [
+        site for given in ([sites] if isinstance(sites, str | Site) else sites) for site in hm.atlas.expand(given)
+    ]
+    if not wanted:
+        raise SiteError("no site to read activations at; give names or globs such as '*.resid_post'")
+    for site in wanted:
+        if site.where is not None or site.axes[1] != "pos" or "src" in site.axes:
+            raise SiteError(f"{site!r} has no vector of its own for each token; give a site such as '3.resid_post'")
     pooled = _pooled_labels(data) if pool != "each" else None
     order = data.tokens.lengths.argsort(stable=True)
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -61,8 +61,8 @@ class FunctionTask:
     others: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        held = tuple((x, y) for x, y in self.examples)
-        wrong = next((e for e in held if not all(isinstance(t, str) and t.strip() for t in e)), None)
+        held = tuple(tuple(e) for e in self.examples)
+        wrong = next((e for e in held if len(e) != 2 or not all(isinstance(t, str) and t.strip() for t in e)), None)
         if not held or wrong is not None:
             raise DataError(f"task {self.name!r} needs (input, output) texts, got {wrong or 'none at all'}")
         marks = [self.template.count(mark) for mark in ("{input}", "{output}")]
@@ -167,7 +167,7 @@ def load_function_task(path: str | os.PathLike[str], *, template: str = QA) -> F
     """
     file = Path(path)
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
+        held = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as err:
         raise ArtifactError(f"{file} cannot be read as JSON ({err}); give a list of input and output") from err
     if not isinstance(held, list) or not held:

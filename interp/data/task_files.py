@@ -4,6 +4,7 @@ Nothing of them is in this package; each loader reads a folder that the user has
 """
 
 import csv
+import io
 import json
 import os
 import random
@@ -93,7 +94,7 @@ def load_ab_questions(path: str | os.PathLike[str]) -> dict[str, ABQuestions]:
     if not files:
         raise ArtifactError(f"{root} has no .json or .jsonl file; {_listing(root)}")
     for file in files:
-        _records(file, ("question", "answer_matching_behavior", "answer_not_matching_behavior"))
+        _records(file, ("question", "answer_matching_behavior", "answer_not_matching_behavior"), lists=True)
     return {file.stem: ABQuestions.from_json(file) for file in files}
 
 
@@ -193,10 +194,10 @@ def load_word_pairs(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[str, 
     return found
 
 
-def _records(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """A list of objects from a .json or .jsonl file, each with certain texts that are not empty."""
+def _records(file: Path, columns: Sequence[str], *, lists: bool = False) -> list[dict[str, Any]]:
+    """A list of objects from a .json or .jsonl file, each with certain texts, or lists, that are not empty."""
     text = _read(file)
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]  # a text may hold U+2028, which ends no line
     try:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except ValueError as err:
@@ -209,8 +210,9 @@ def _records(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
         for name in columns:
             if name not in row:
                 raise ArtifactError(f"entry {i} of {file} has no {name!r}; it has {', '.join(map(repr, row))}")
-            if not isinstance(row[name], str | list) or not row[name]:
-                raise ArtifactError(f"{name!r} of entry {i} of {file} is {row[name]!r}; expected a text")
+            value = row[name].strip() if isinstance(row[name], str) else row[name] if lists else None
+            if not value or not isinstance(value, str | list):
+                raise ArtifactError(f"{name!r} of entry {i} of {file} is {row[name]!r:.60}; expected a text")
     return rows
 
 
@@ -233,6 +235,8 @@ def _facts(path: Path) -> Contrast:
             raise ArtifactError(f"row {i} of {path} has the label {label!r}; expected 1 (true) or 0 (false)")
         sides[label][row["statement"]] = None
     true, false = ([t for t in sides[a] if t not in sides[b]] for a, b in ("10", "01"))
+    if not true or not false:
+        raise ArtifactError(f"{path} has {len(true)} true and {len(false)} false statements; expected both")
     return Contrast.make(true, false, paired=False, name="true statement")
 
 
@@ -247,7 +251,10 @@ def _texts(path: Path) -> list[str]:
 
 
 def _table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(_read(path).splitlines()))
+    try:
+        rows = list(csv.DictReader(io.StringIO(_read(path))))
+    except csv.Error as err:
+        raise ArtifactError(f"{path} cannot be read as CSV ({err}); give the file as it was published") from err
     there = list(rows[0]) if rows else []
     for name in columns:
         if name not in there:

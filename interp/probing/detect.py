@@ -20,6 +20,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
 from interp.data.pairs import PromptPairs
+from interp.data.same_text import row_keys
 from interp.probing.examples import as_tokens
 from interp.probing.result import ProbeResult
 
@@ -76,8 +77,8 @@ class Transfer(Result):
         probes: names of the probes.
         datasets: names of the data they were tried on.
         values: estimate, lower and upper bound of each of `METRICS`.
-        examples: how many examples each dataset was judged by, per probe: of a probe's own data only its test part.
-        held_out: whether a cell is a probe on the test part of its own data.
+        examples: how many examples each dataset was judged by, per probe: none of a text that the probe was fitted on.
+        held_out: whether such texts were left out, as they are of a probe's own data.
     """
 
     title: ClassVar[str] = "Probes on other data"
@@ -166,8 +167,8 @@ def transfer(
 ) -> Transfer:
     """Try probes of two classes on data that they were not fitted on: does the concept go over, or only the data's own?
 
-    A probe is tried on all of a dataset, but on the test part alone of the data that it was fitted on itself, which is
-    known by its tokens and labels. One pass of the model for each dataset.
+    A probe is tried on the texts that it was not fitted on, which are known by their tokens: on all of a dataset, or on
+    the test part alone of its own. One pass of the model for each dataset.
 
     Args:
         hm: the model of the probes.
@@ -183,7 +184,9 @@ def transfer(
         Every metric of every probe on every dataset at the sites that all probes have.
 
     Raises:
-        DataError: nothing given, more than two classes, or no site in common.
+        DataError: nothing given, more than two classes, no site in common, or a dataset whose every text a probe was
+            fitted on.
+        ConfigError: a probe that was fitted with another pool.
         ModelError: a probe of another model.
 
     Source: generalisation across datasets as in Marks and Tegmark (2023, arXiv 2310.06824), §5.
@@ -191,6 +194,8 @@ def transfer(
     sites = _common_sites(hm, probes)
     if not datasets:
         raise DataError("no datasets were given to try the probes on")
+    for name, probe in probes.items():
+        _same_reading(name, probe, pool)
     values = torch.full((len(sites), len(probes), len(datasets), len(METRICS), 3), torch.nan, dtype=torch.float64)
     examples, own = ([[0] * len(datasets) for _ in probes] for _ in range(2))
     for j, (name, data) in enumerate(datasets.items()):
@@ -198,12 +203,13 @@ def transfer(
         if len(tokens.classes) != 2:
             raise DataError(f"{name!r} has the classes {', '.join(tokens.classes)}; choose one with .binary(…)")
         held = gather(hm, tokens, sites, pool=pool, batch_size=batch_size)
-        digest = Provenance.of(hm, data=(tokens.tokens.ids, tokens.tokens.mask, tokens.labels)).data_hash
-        group = next(iter(held.values())).group
-        for i, probe in enumerate(probes.values()):
-            own[i][j] = int(probe.provenance.data_hash == digest)
-            kept = torch.isin(group, probe.test_groups) if own[i][j] else torch.ones_like(group, dtype=torch.bool)
-            examples[i][j] = int(kept.sum())
+        first = next(iter(held.values()))
+        group, keys = first.group, row_keys(tokens.tokens)[first.row]
+        for i, (fitted, probe) in enumerate(probes.items()):
+            kept = ~torch.isin(keys, probe.fitted_on)
+            examples[i][j], own[i][j] = int(kept.sum()), int(not bool(kept.all()))
+            if not examples[i][j]:
+                raise DataError(f"the probe {fitted!r} was fitted on every text of {name!r}; try it on others")
             draws = group_draws(group[kept], n_bootstrap=n_bootstrap, seed=seed)
             for s, site in enumerate(sites):
                 scores = detect(probe, held[site].x[kept], site=site)[:, None]
@@ -217,6 +223,12 @@ def transfer(
         held_out=[[bool(cell) for cell in row] for row in own],
         provenance=Provenance.of(hm, settings={"where": repr(where), "pool": pool}, seed=seed),
     )
+
+
+def _same_reading(name: str, probe: ProbeResult, pool: str) -> None:
+    own = probe.provenance.settings.get("pool", pool)
+    if own != pool:
+        raise ConfigError(f"the probe {name!r} was fitted with pool={own!r}, not pool={pool!r}; give that one")
 
 
 def _common_sites(hm: HookManager, probes: Mapping[str, ProbeResult]) -> list[str]:

@@ -16,6 +16,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
+from interp.data.same_text import whole_texts
 
 __all__ = ["FIT", "TASKS", "TEST", "VALIDATION", "Examples", "Split", "control_labels", "read_examples", "split_groups"]
 
@@ -123,16 +124,17 @@ def read_examples(
 
 
 def as_tokens(hm: HookManager, data: Contrast | ConceptTokens | PromptPairs, where: Where | None) -> ConceptTokens:
-    """Return any form of concept data as labelled tokens, of any number of classes.
+    """Return any form of concept data as labelled tokens, of any number of classes; a text is in one group alone.
 
     Raises:
         DataError: tokens that have labels already and a rule beside.
     """
     if not isinstance(data, ConceptTokens):
-        return (Contrast.of_pairs(data) if isinstance(data, PromptPairs) else data).tokens(hm, where=where)
+        texts = Contrast.of_pairs(data) if isinstance(data, PromptPairs) else data
+        return whole_texts(texts.tokens(hm, where=where))
     if where is not None:
         raise DataError("these tokens say themselves which of them are read; leave where=… out")
-    return data
+    return whole_texts(data)
 
 
 def split_groups(group: Int[Tensor, " n"], y: Int[Tensor, " n"], split: Split) -> Int[Tensor, " n"]:

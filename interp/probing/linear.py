@@ -20,6 +20,7 @@ from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.pairs import PromptPairs
+from interp.data.same_text import row_keys
 from interp.probing.examples import FIT, TASKS, TEST, VALIDATION, Examples, Split, read_examples
 from interp.probing.fitters import KINDS, balanced_loss, fit_kind
 from interp.probing.result import ProbeResult
@@ -52,8 +53,8 @@ class ProbeOptions:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        if not self.l2 or not all(value > 0 for value in self.l2):
-            raise ConfigError(f"l2={self.l2}: expected positive penalties to choose from")
+        if not isinstance(self.l2, tuple | list) or not self.l2 or not all(0 < v < math.inf for v in self.l2):
+            raise ConfigError(f"l2={self.l2}: expected a list of positive penalties to choose from")
         if self.n_bootstrap < 0:
             raise ConfigError(f"n_bootstrap={self.n_bootstrap}: expected 0 or more resamples")
 
@@ -127,6 +128,7 @@ def fit_probe(
         scales={site: s.scales for site, s in found.items()},
         sizes=read.sizes,
         test_groups=first.group[test].unique(),
+        fitted_on=row_keys(t)[first.row[read.at(FIT, VALIDATION)].unique()].unique(),
         folded=hm.is_folded,
         read_at=_read_at(data, where),
         notes=list(read.notes),

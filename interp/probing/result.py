@@ -45,6 +45,7 @@ class ProbeResult(Result):
         scales: site → figures of `SiteScale`, [score 5].
         sizes: examples to fit on, to choose on, to test on; and groups of the test.
         test_groups: numbers of the groups of the test.
+        fitted_on: `row_keys` of the texts that the weights saw.
         folded: whether the model was a folded copy.
         read_at: which tokens were read, in words.
         notes: what a reader should know.
@@ -65,6 +66,7 @@ class ProbeResult(Result):
     scales: dict[str, Tensor]
     sizes: tuple[int, int, int, int]
     test_groups: Int[Tensor, " group"]
+    fitted_on: Int[Tensor, " text"]
     folded: bool
     read_at: str
     notes: list[str]

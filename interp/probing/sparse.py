@@ -120,9 +120,9 @@ def sparse_probe(
     average precision from scores; the controls of Hewitt and Liang (2019, arXiv 1909.03368); groups are kept whole.
     """
     how = SparseOptions() if options is None else options
-    sizes = sorted(set(k))
-    if not sizes or sizes[0] < 1:
-        raise ConfigError(f"k={tuple(k)}: expected numbers of units, at least 1")
+    sizes = [] if isinstance(k, int) else sorted(set(k))
+    if not sizes or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise ConfigError(f"k={k}: expected a list of numbers of units, each at least 1")
     if ranking not in RANKINGS:
         raise ConfigError(f"ranking={ranking!r}: {nearest(ranking, RANKINGS) or 'one of ' + ', '.join(RANKINGS)}")
     wanted = _sites(hm, sites, dictionary)

@@ -65,6 +65,8 @@ def world_concept(
     present = codes[read].unique().tolist()
     if classes is not None:
         values = names or tuple(str(code) for code in present)
+        if isinstance(classes, str) or len(set(classes)) < len(classes):
+            raise ConfigError(f"classes={classes!r}: expected a list of values of {label!r}, each once")
         chosen = [_code(values, value, label) if names else int(value) for value in classes]
         present = [code for code in chosen if code in present]
     if len(present) < 2:

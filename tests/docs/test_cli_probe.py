@@ -9,11 +9,12 @@ import pytest
 from interp.cli.main import main
 from interp.cli.probe import ProbeConfig
 from interp.core.direction import Direction
-from interp.core.errors import DataError
+from interp.core.errors import ConfigError, DataError
 from interp.data.contrast_files import contrast_from_file, contrasts_in_folder
 from interp.probing.detect import Transfer
 from interp.probing.result import ProbeResult
 from interp.probing.sparse_result import SparseProbes
+from interp.testbed.concepts import world_concept
 from interp.testbed.tasks import task_pairs
 
 LABEL = [
@@ -174,3 +175,57 @@ def test_a_table_is_read_with_its_groups_and_what_is_wrong_with_it_is_said(tmp_p
         (tmp_path / "two" / name).write_text(quoted.read_text(), encoding="utf-8")
     with pytest.raises(DataError, match="two files named 'x'"):
         contrasts_in_folder(tmp_path / "two")
+
+
+def test_a_table_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(
+        json.dumps({"text": "one\u2028two", "label": 1}, ensure_ascii=False) + '\n{"text": "x", "label": 0}'
+    )
+    assert contrast_from_file(file).positive[0].text == "one\u2028two"
+    file = tmp_path / "a.csv"
+    file.write_text('text,label\none\x85two,1\n"three\nfour",0\n', encoding="utf-8")
+    held = contrast_from_file(file)
+    assert (held.positive[0].text, held.negative[0].text) == ("one\x85two", "three\nfour")
+    for body, said in (
+        ("text,text,label\na,b,1\nc,d,0\n", "two columns 'text'"),
+        (f"text,label\n{'y' * 200_000},1\nx,0\n", "is a quote left open"),
+        ("text,label\n   ,1\nx,0\n", "expected a text"),
+    ):
+        file.write_text(body)
+        with pytest.raises(DataError, match=said):
+            contrast_from_file(file)
+    file = tmp_path / "b.jsonl"
+    file.write_text('{"text": ["a", "b"], "label": 1}\n{"text": "c", "label": 0}')
+    with pytest.raises(DataError, match=r"line 1: 'text' is \['a', 'b'\]; expected a text"):
+        contrast_from_file(file)
+
+
+def test_a_table_that_is_called_as_a_result_is_refused_before_work_starts(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "transfer"):
+        table(tmp_path / f"{name}.csv", held_out=False, n=8)
+    words = ["probe", "--model", "testbed", "--data.folder", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert main(words) == 1 and "a table named 'transfer'" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe")
+    assert main(["probe", str(tmp_path / "bad.yaml")]) == 2 and "is not YAML" in capfd.readouterr().err
+
+
+def test_a_class_is_asked_for_once() -> None:
+    with pytest.raises(ConfigError, match="each once"):
+        world_concept(None, "sentiment", 4, classes=["positive", "positive"])
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: ProbeResult, path: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    table(tmp_path / "a.csv", held_out=False)
+    monkeypatch.setattr(ProbeResult, "to_html", full)
+    words = ["probe", "--model", "testbed", "--data.file", str(tmp_path / "a.csv"), "--sites", "1.resid_post"]
+    assert main([*words, "--n-bootstrap", "0", "--out", str(tmp_path / "out")]) == 1
+    assert "cannot be written: No space left on device; make room" in capfd.readouterr().err

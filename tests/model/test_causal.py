@@ -220,3 +220,14 @@ def test_what_cannot_be_is_refused() -> None:
     worded = manager("GPT2")
     with pytest.raises(DataError, match="not single tokens: w1 w2 - w3"):
         causal_geometry(worded).concept([("w1 w2", "w3"), ("w4", "w5")])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_pairs_that_are_no_pairs_and_no_random_ones_are_refused() -> None:
+    geometry = causal_geometry(manager("GPT2"))
+    with pytest.raises(DataError, match=r"\(1, 2, 3\) among its pairs"):
+        geometry.concept([(1, 2, 3), (4, 5)])  # type: ignore[list-item]
+    with pytest.raises(DataError, match="'ab' among its pairs"):
+        geometry.concept(["ab", "cd"])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="n_random=0"):
+        geometry.concept([(1, 2), (4, 5)], n_random=0)

@@ -67,6 +67,33 @@ def planted() -> MethodsTable:
     return compare_methods(manager("GPT2"), concepts, SITE, prompts=PROMPTS, methods=mine, options=OPTIONS)
 
 
+def test_what_a_method_of_the_user_raises_is_named_and_the_others_are_kept() -> None:
+    def raises(hm: HookManager, data: ConceptTokens, site: Site, seed: int) -> Contender:
+        raise ZeroDivisionError("mine")
+
+    given = concept()
+    assert isinstance(given.fit, Contrast) and isinstance(given.held_out, Contrast)
+    held = Contrast.make([*given.fit.positive[:3], *given.held_out.positive], given.held_out.negative, paired=False)
+    leaking = Concept("five", given.fit, held, where=given.where)
+    methods: dict[str, Fit] = {"mine": raises, "mean_difference": METHODS["mean_difference"]}
+    found = compare_methods(manager("GPT2"), [leaking], SITE, methods=methods)
+    assert found.failed == {"five / mine": "ZeroDivisionError: mine"} and float(found.detection[1, 0]) > 0.9
+    assert found.notes == ("five: 3 of 27 held-out texts are also fitted on",)
+    clean = compare_methods(manager("GPT2"), [given], SITE, methods={"random": METHODS["random"]})
+    assert not clean.notes
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "wrong", [{"factors": (math.nan,)}, {"factors": 1.0}, {"temperature": -1.0}, {"batch_size": 0}]
+)
+def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        CompareOptions(**wrong)
+    with pytest.raises(ConfigError, match="expected a list of texts"):
+        compare_methods(manager("GPT2"), [concept()], SITE, prompts="w5 w6")
+
+
 # -- planted -----------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +308,7 @@ def test_what_cannot_be_is_refused() -> None:
         compare_methods(hm, [concept(), concept()], SITE)
     with pytest.raises(ConfigError, match="at least two"):
         compare_methods(hm, [concept()], SITE, prompts=["w1"])
-    with pytest.raises(ConfigError, match="expected factors"):
+    with pytest.raises(ConfigError, match="expected one of raw"):
         CompareOptions(unit="metres")
     with pytest.raises(ConfigError, match="no method 'c'"):
         table_of([[0.5] * 3] * 4, [])["c", "steering"]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,35 @@ def test_the_vector_is_what_the_head_writes_without_the_bias_and_it_does_the_fun
     assert float(scores.ceiling.mean()) == 1 and torch.equal(scores.full, scores.right[:, :, 0])
     twice = evaluate_function_vector(hm, a, tasks["a"], n_random=2, options=FEW)
     assert torch.equal(scores.log_prob, twice.log_prob)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_heads_tasks_and_models_that_do_not_belong_are_refused() -> None:
+    (hm, tasks), other = (function_model(), function_tasks()), function_model(1)
+    effects = head_effects(hm, tasks["a"], options=FEW)
+    for heads, said in (([CARRIER, CARRIER], "stands there twice"), ([0, 1], "list of"), ("all", "list of")):
+        with pytest.raises(ConfigError, match=said):
+            function_vector(hm, tasks["a"], heads=heads, layer=0, options=FEW)  # type: ignore[arg-type]
+    unfit: list[Any] = [[], tasks, "a"]
+    for given in unfit:
+        with pytest.raises(ConfigError, match="expected a FunctionTask"):
+            head_effects(hm, given, options=FEW)
+    made = function_vector(hm, tasks["a"], heads=4, layer=0, effects=effects)
+    assert made.n_shots == FEW.n_shots and made.heads == [CARRIER] and "only 1 have" in made.notes[0]
+    for refused in (
+        lambda: function_vector(other, tasks["a"], heads=1, effects=effects, options=FEW),
+        lambda: evaluate_function_vector(other, made, tasks["a"], n_random=1),
+        lambda: decode_vector(other, made),
+        lambda: reconstruct_vector(other, made),
+    ):
+        with pytest.raises(ModelError, match=r"measure this one|fit one on it"):
+            refused()
+    with pytest.raises(DataError, match="are among those that the vector was made of"):
+        evaluate_function_vector(hm, made, tasks["a"].split(seed=1), n_random=1)
+    rebuilt = reconstruct_vector(
+        hm, function_vector(hm, tasks["a"], heads=[CARRIER, (1, 0)], layer=0, options=FEW), k=5, steps=2
+    )
+    assert rebuilt.to_frame()[["layer", "head"]].to_numpy().tolist() == [[-1, -1]]
 
 
 def test_a_sum_of_vectors_is_the_function_that_its_first_term_is_not() -> None:

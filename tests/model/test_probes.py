@@ -14,9 +14,11 @@ from interp.core.errors import ConfigError, DataError, ModelError, ShapeError, S
 from interp.core.manager import HookManager
 from interp.core.reinit import reinitialised
 from interp.core.result import Result
+from interp.core.text import Tokens
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
+from interp.data.same_text import row_keys, whole_texts
 from interp.probing.detect import Transfer, detect, transfer
 from interp.probing.examples import FIT, TASKS, TEST, Split, control_labels, split_groups
 from interp.probing.fitters import KINDS
@@ -80,13 +82,56 @@ def test_words_that_come_again_are_learnt_by_the_control_and_take_the_selectivit
 
 def test_what_tells_only_the_group_is_worth_nothing_on_other_groups() -> None:
     """Five rows repeat each word, and words have classes at random: a split that parts the rows of a word leaks."""
-    words = torch.randn(60, 64)
-    ids = torch.arange(60).repeat(5)[:, None].expand(300, 4)
-    y = torch.randint(2, (60,)).repeat(5)[:, None].expand(300, 4)
+    words = torch.cat([torch.randn(60, 64), torch.zeros(300, 64)])
+    ids = torch.arange(60).repeat(5)[:, None].repeat(1, 5)
+    y = torch.randint(2, (60,)).repeat(5)[:, None].repeat(1, 5)
+    ids[:, 4], y[:, 4] = 60 + torch.arange(300), -1  # a token that is not read makes each row another text
     hm = planted(words)
     whole = fit_probe(hm, planted_rows(ids, y, torch.arange(60).repeat(5)), SITE, options=FEW)
     leaking = fit_probe(hm, planted_rows(ids, y), SITE, options=FEW)
     assert whole.get("accuracy").low < 0.55 < 0.7 < leaking.get("accuracy").low
+
+
+def test_rows_of_one_text_are_on_one_side_of_a_split_whatever_their_groups() -> None:
+    words, y = torch.randn(60, 64), torch.randint(2, (60,)).repeat(5)[:, None].expand(300, 4)
+    data = planted_rows(torch.arange(60).repeat(5)[:, None].expand(300, 4), y)
+    found = fit_probe(planted(words), data, SITE, options=FEW)
+    assert found.get("accuracy").low < 0.55 and any("60 texts stand in several rows" in note for note in found.notes)
+    fit, held = data.split(0.3)
+    assert not set(fit.tokens.ids[:, 0].tolist()) & set(held.tokens.ids[:, 0].tolist())
+    assert len(fit) + len(held) == 300 and 50 < len(held) < 130
+    tied = planted_rows(torch.zeros(30, 4, dtype=torch.long), (torch.arange(30) % 2)[:, None].expand(30, 4))
+    assert "also fitted on" in whole_texts(tied).notes[-1] and torch.equal(whole_texts(tied).groups, tied.groups)
+
+
+def test_keys_are_of_the_tokens_and_not_of_their_padding() -> None:
+    ids, mask = torch.tensor([[9, 1, 2], [1, 2, 9], [1, 2, 9]]), torch.tensor([[0, 1, 1], [1, 1, 0], [1, 1, 1]]).bool()
+    keys = row_keys(Tokens(ids, mask)).tolist()
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_part_of_the_data_is_no_new_data_to_its_probe() -> None:
+    x, y, _ = shifted(600, 128, 0.0)  # no concept: only what was fitted on can be told
+    ids = torch.arange(600).reshape(300, 2)
+    data = planted_rows(ids, y.reshape(300, 2))
+    hm = planted(x)
+    found = fit_probe(hm, data, SITE, kind="mean_difference", options=FEW)
+    for some, held_out in ((data, True), (data.take(torch.arange(200)), True)):
+        across = transfer(hm, {"a": found}, {"b": some}, n_bootstrap=20)
+        assert across.held_out == [[held_out]] and abs(float(across.table()[0, 0]) - 0.5) < 0.12
+    whole = data.take(torch.isin(row_keys(data.tokens), found.fitted_on).nonzero()[:, 0])
+    with pytest.raises(DataError, match="fitted on every text"):
+        transfer(hm, {"a": found}, {"b": whole})
+    with pytest.raises(ConfigError, match="fitted with pool='each', not pool='mean'"):
+        transfer(hm, {"a": found}, {"b": data}, pool="mean")
+
+
+def test_sites_without_a_vector_a_token_are_refused() -> None:
+    data = planted_rows(torch.arange(40).reshape(20, 2), (torch.arange(40) % 2).reshape(20, 2))
+    hm = planted(torch.randn(40, 8))
+    for sites, said in (("0.pattern", "no vector of its own"), ([], "no site")):
+        with pytest.raises(SiteError, match=said):
+            fit_probe(hm, data, sites, options=FEW)
 
 
 def test_groups_are_never_in_two_parts_and_each_part_has_each_class() -> None:

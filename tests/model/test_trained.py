@@ -354,3 +354,10 @@ def test_rank_one_finetuning_on_sentiment(testbed: HookManager) -> None:
     latent = latent_activation(found, seen.x)
     best = torch.stack([latent[seen.row == row].max() for row in range(len(text))])
     assert float(auroc(best, text.labels.max(1).values == 1)) > 0.7
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("wrong", [{"lr": "a"}, {"lr": 1e38}, {"l1": True}, {"start": "mean_difference"}])
+def test_options_of_another_kind_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        TrainedOptions(**wrong)  # type: ignore[arg-type]

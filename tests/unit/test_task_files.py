@@ -194,3 +194,44 @@ def test_a_concept_gives_its_parts_as_tokens_and_refuses_what_contradicts() -> N
         Concept("x", fit, held, words=(" a",), opposite=(" a",))
     with pytest.raises(DataError, match="hard negatives are texts"):
         Concept("x", fit, fit.tokens(tokenizer), hard=hard)
+
+
+# -- files that are damaged or careless ---------------------------------------------------------------------------
+
+
+def test_a_line_separator_within_a_text_ends_no_line(tmp_path: Path) -> None:
+    row = {"question": "Well?\u2028\n (A) Yes\n (B) No", "answer_matching_behavior": " (A)"}
+    row["answer_not_matching_behavior"] = " (B)"
+    path = write(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False) + "\n")
+    assert "\u2028" in load_ab_questions(path)["a"][0].question
+    write(tmp_path / "facts/facts_true_false.csv", 'statement,label\n"two\nlines",1\none\x85line,0\n')
+    assert texts(load_repe(tmp_path)["facts"]) == (["two\nlines"], ["one\x85line"])
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "r/harmful_train.json", [{"instruction": ["a", "b"]}])
+    with pytest.raises(ArtifactError, match=r"'instruction' of entry 0 .* expected a text"):
+        load_refusal_splits(tmp_path / "r")
+    write(tmp_path / "facts/facts_true_false.csv", f"statement,label\n{'x' * 200_000},1\ny,0\n")
+    with pytest.raises(ArtifactError, match=r"cannot be read as CSV \(field larger"):
+        load_repe(tmp_path)
+    write(tmp_path / "facts/facts_true_false.csv", "statement,label\nx,1\n")
+    with pytest.raises(ArtifactError, match="1 true and 0 false statements"):
+        load_repe(tmp_path)
+
+
+def test_axbench_rows_without_text_and_negatives_that_name_their_concept(tmp_path: Path) -> None:
+    train = [row(0, "positive", "o1"), row(-1, "negative", "o2")]
+    held = [row(0, "positive", "o3"), row(0, "negative", "o4"), row(0, "positive", "o7", input=None)]
+    more = [row(0, "positive", "o5", output=None), row(0, "negative", "o6")]
+    found = load_axbench(axbench(tmp_path, train=[*train, *more], held=held))
+    assert isinstance(found[0].fit, Contrast) and isinstance(found[0].held_out, Contrast)
+    assert texts(found[0].fit) == (["w1 p\no1"], ["w1 n\no2", "w1 n\no6"]), "a null is no text, negatives are negative"
+    assert texts(found[0].held_out) == (["w1 p\no3"], ["w1 n\no4"]) and found.skipped == 2
+    assert found.instructions == ("w1 p", "w1 n")
+    for limit, most in ((0, None), (None, -1)):
+        with pytest.raises(ConfigError, match="expected a whole number"):
+            load_axbench(tmp_path, limit=limit, max_characters=most)
+    named = [{**one, "concept_id": str(one["concept_id"])} for one in train]
+    with pytest.raises(ArtifactError, match=r"concept_id .* expected numbers"):
+        load_axbench(axbench(tmp_path, train=named, held=held))

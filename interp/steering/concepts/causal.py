@@ -132,8 +132,14 @@ class CausalGeometry:
             seed: of the draw.
 
         Raises:
+            ConfigError: no random pairs.
             DataError: fewer than two usable pairs, or pairs whose differences cancel.
         """
+        if type(n_random) is not int or n_random < 1:
+            raise ConfigError(f"n_random={n_random!r}: expected a whole number ≥ 1 of random pairs to compare with")
+        wrong = next((pair for pair in pairs if isinstance(pair, str) or len(pair) != 2), None)
+        if wrong is not None:
+            raise DataError(f"{name!r} has {wrong!r} among its pairs; expected two words, or two ids, each")
         found, skipped = self._ids(pairs, prefix)
         if len(found) < 2:
             shown = f"; not single tokens: {', '.join(skipped[:6])}" if skipped else ""

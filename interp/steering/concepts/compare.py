@@ -29,6 +29,7 @@ from interp.data.concept import Concept
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
+from interp.data.same_text import row_keys
 from interp.steering.concepts.contenders import CONTROLS, METHODS, Contender, Fit
 from interp.steering.concepts.methods_table import MethodsTable
 from interp.steering.evaluating.dose_effects import Sampling, continue_prompts
@@ -68,11 +69,17 @@ class CompareOptions:
     instruction: Judge | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.factors or self.unit not in UNITS or self.max_new_tokens < 1 or self.enough < 1:
+        counts = (self.max_new_tokens, self.enough, self.batch_size)
+        if self.unit not in UNITS or not all(type(n) is int and n >= 1 for n in counts):
             raise ConfigError(
-                f"factors={self.factors}, unit={self.unit!r}, max_new_tokens={self.max_new_tokens}, "
-                f"enough={self.enough}: expected factors, one of {', '.join(UNITS)}, and at least 1 token and word"
+                f"unit={self.unit!r}, max_new_tokens={self.max_new_tokens}, enough={self.enough}, batch_size="
+                f"{self.batch_size}: expected one of {', '.join(UNITS)}, and at least 1 token, word and row"
             )
+        listed = isinstance(self.factors, tuple | list) and len(self.factors) > 0
+        if not listed or not all(isinstance(f, int | float) and math.isfinite(f) for f in self.factors):
+            raise ConfigError(f"factors={self.factors!r}: expected a list of finite numbers")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature!r}: expected 0 or more")
 
     @property
     def doses(self) -> tuple[Dose, ...]:
@@ -125,7 +132,8 @@ def compare_methods(
 ) -> MethodsTable:
     """Fit every method on every concept, and measure how well it detects held-out texts and steers new ones.
 
-    A method that fails on a concept (its data have no pairs, say) is left empty there and named with the reason.
+    A method that fails on a concept (its data have no pairs, say) is left empty there and named with the reason; so is
+    one of yours that raises anything, so that the others are kept.
     Perplexity is under the unsteered model; a text as likely as the concept's held-out texts, in which no two tokens
     follow each other twice, has fluency 2. The largest of more scores is larger: where texts with a concept are longer
     than those without it, a control detects it too, which is one more reason to look at the lead over it. Cost: a fit,
@@ -160,6 +168,7 @@ def compare_methods(
             for i, concept in enumerate(known):
                 stage = _Stage(hm, concept, place, prompts, options, judge, seed)
                 table.unsteered[i] = stage.unsteered
+                table.notes += stage.notes
                 for j, (name, fit) in enumerate(methods.items()):
                     _one(stage, table, (j, i), name, fit)
                     bar.update()
@@ -188,6 +197,8 @@ def _check(
         raise ConfigError(f"two concepts are called {twice!r}; give each a name of its own")
     if prompts is None:
         return
+    if isinstance(prompts, str) or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise ConfigError(f"prompts={prompts!r:.60}: expected a list of texts that are not empty")
     if len(prompts) < 2:
         raise ConfigError(f"{len(prompts)} prompts: half of them choose the factor, so give at least two")
     bare = [c.name for c in concepts if not c.words]
@@ -211,6 +222,7 @@ class _Stage:
         self.hm, self.concept, self.site, self.options, self.seed = hm, concept, site, options, seed
         self.fit = concept.tokens(hm, "fit")
         held = concept.tokens(hm, "held_out")
+        self.notes = _shared(concept.name, self.fit, held)
         self.held = gather(hm, held, site, batch_size=options.batch_size)[site.short]
         self.hard: Gathered | None = None
         if concept.hard:
@@ -273,8 +285,15 @@ def _one(stage: _Stage, table: "_Table", at: tuple[int, int], name: str, fit: Fi
         table.factor[at] = float(doses[best].value)
         said = stage.texts[best][int(stage.scoring[0])]
         table.examples[f"{stage.concept.name} / {name}"] = f"{stage.prompts[int(stage.scoring[0])]} |{said}"
-    except InterpError as err:
-        table.failed[f"{stage.concept.name} / {name}"] = str(err)
+    except Exception as err:  # noqa: BLE001, of a method that a user brings: hours of others' work stand in the table
+        said = str(err) if isinstance(err, InterpError) else f"{type(err).__name__}: {err}"
+        table.failed[f"{stage.concept.name} / {name}"] = said
+
+
+def _shared(name: str, fit: ConceptTokens, held: ConceptTokens) -> list[str]:
+    """A note where texts that judge were fitted on."""
+    again = int(torch.isin(row_keys(held.tokens), row_keys(fit.tokens)).sum())
+    return [f"{name}: {again} of {len(held)} held-out texts are also fitted on"] if again else []
 
 
 def detection_scores(held: Gathered, detect: Callable[[Tensor], Tensor]) -> float:

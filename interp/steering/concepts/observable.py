@@ -115,6 +115,8 @@ class Observable:
                 found = found.through(step)
             return found
         if head is not None:
+            if len(head) != 2:
+                raise ConfigError(f"head={head!r}: expected (layer, head)")
             return self._through_head(*head)
         assert mlp is not None
         if at is None:

@@ -67,10 +67,11 @@ def decode_vector(hm: HookManager, vector: FunctionVector, k: int = 10) -> Decod
 
     Raises:
         ConfigError: more tokens than there are.
-        ModelError: an unembedding that is not linear.
+        ModelError: an unembedding that is not linear, or a vector of another model.
 
     Source: Todd et al. (2023), arXiv 2310.15213, §3.2.
     """
+    vector.direction.check(hm)
     probs = _read(hm, vector.vector).softmax(-1).cpu()
     top = probs.topk(_checked(k, len(probs)))
     return DecodedVector(
@@ -104,11 +105,13 @@ def reconstruct_vector(
 
     Raises:
         ConfigError: counts or a step that cannot be.
+        ModelError: a vector of another model.
 
     Source: Todd et al. (2023), arXiv 2310.15213, §3.2. Departure: the length.
     """
     if type(steps) is not int or steps < 1 or not lr > 0:
         raise ConfigError(f"steps={steps!r}, lr={lr!r}: expected a whole number ≥ 1 and a step > 0")
+    vector.direction.check(hm)
     v = vector.vector
     size = v.norm() / len(v) ** 0.5
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp.core.errors import ConfigError
 from interp.core.manager import HookManager
 from interp.core.result import Provenance
 from interp.core.site import Site
@@ -64,6 +65,7 @@ def head_effects(
         The effects per task, trial, layer and head, with the means.
 
     Raises:
+        ConfigError: something that is no task.
         DataError: a task of which the model solves no validation item, or with too few shots.
         SiteError: a block without attention heads.
 
@@ -72,6 +74,10 @@ def head_effects(
     """
     options = options or ICLOptions()
     given = [tasks] if isinstance(tasks, Tasks) else list(tasks)
+    wrong = next((task for task in given if not isinstance(task, Tasks)), None)
+    if not given or wrong is not None:
+        what = "none" if wrong is None else f"{type(wrong).__name__} {wrong!r:.40}"
+        raise ConfigError(f"expected a FunctionTask, its splits, or a list of them, got {what}")
     splits = [splits_of(task) for task in given]
     ready = [_Trials.of(hm, s, options, seed) for s in splits]
     shape = (len(ready), options.n_trials, hm.n_layers, hm.n_heads)
@@ -87,7 +93,7 @@ def head_effects(
                 said = patch_heads(hm, trials.pairs, means[i].z, table, options=options, step=step)
                 notes += [note for note in said if note not in notes]
     except KeyboardInterrupt:
-        if bool(sides.isnan().all()):
+        if bool(sides[1].isnan().all()):  # filled in once a task's heads are begun
             raise
         notes.append(f"stopped: {float((~patched.isnan()).float().mean()):.0%} of the effects are measured")
     n = int((~sides[1, :, 0].isnan()).sum())

@@ -59,7 +59,8 @@ def evaluate_function_vector(
 
     Raises:
         ConfigError: no random sets.
-        DataError: fewer heads outside the vector than in it.
+        DataError: fewer heads outside the vector than in it, or test items that it was made of.
+        ModelError: a vector of another model.
 
     Source: Todd et al. (2023), arXiv 2310.15213, §3.1. Departures: test items are not filtered by what the model solves
     (`ceiling` says what it solves); random heads are drawn outside the vector's; whole answers.
@@ -67,6 +68,8 @@ def evaluate_function_vector(
     options, splits = options or ICLOptions(n_shots=vector.n_shots), splits_of(task)
     if type(n_random) is not int or n_random < 1:
         raise ConfigError(f"n_random={n_random!r}: expected a whole number ≥ 1; a vector without controls says little")
+    vector.direction.check(hm)
+    _refuse_leaks(vector, splits)
     conditions = _conditions(splits, templates, options, seed)
     names = ["function vector", *(f"random heads {i + 1}" for i in range(n_random)), "layer average"]
     layers = list(range(max(1, hm.n_layers - 1)))
@@ -115,6 +118,17 @@ def _conditions(splits: TaskSplits, templates: Sequence[str], options: ICLOption
         worded: FunctionTask = test.with_template(template)
         made[template] = (icl_pairs(worded, train, n_shots=0, seed=seed), "clean", True)
     return made
+
+
+def _refuse_leaks(vector: FunctionVector, splits: TaskSplits) -> None:
+    """Refuse test items that the vector was made of; those of another function are no leak."""
+    name = splits.train.name
+    known = set(vector.seen) & set(splits.test.inputs) if vector.task in (name, f"{name}, rebuilt") else set[str]()
+    if known:
+        raise DataError(
+            f"{len(known)} of {len(splits.test.inputs)} test items, such as {min(known)!r}, are among those that the "
+            "vector was made of; give the splits that it was made with"
+        )
 
 
 def _random(hm: HookManager, vector: FunctionVector, n: int, seed: int) -> list[Float[Tensor, " d_model"]]:

@@ -59,7 +59,13 @@ class ICLOptions:
 
 
 def splits_of(task: Tasks) -> TaskSplits:
-    """Return a task's splits: its own, or those of seed 0."""
+    """Return a task's splits: its own, or those of seed 0.
+
+    Raises:
+        ConfigError: something else.
+    """
+    if not isinstance(task, Tasks):
+        raise ConfigError(f"expected a FunctionTask or its splits, got {type(task).__name__} {task!r:.40}")
     return task.split() if isinstance(task, FunctionTask) else task
 
 

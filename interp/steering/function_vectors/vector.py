@@ -1,9 +1,10 @@
 """`function_vector`: the sum of what the heads of the largest effect write, and where it is added."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -49,6 +50,7 @@ class FunctionVector(Result):
         layers: layers that were.
         choice: share of validation items answered right without shots, for each number of heads and layer.
         effects: the mean indirect effect of each head that ranked them; NaN where heads were named.
+        seen: inputs of the items that it was read from or chosen on; none where it was composed of others.
         notes: what a reader should know.
     """
 
@@ -64,6 +66,7 @@ class FunctionVector(Result):
     layers: list[int] = field(default_factory=list)
     choice: Float[Tensor, "size place"]
     effects: Float[Tensor, "layer n_heads"]
+    seen: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -100,19 +103,24 @@ class FunctionVector(Result):
         return self.direction.as_interventions(dose, where=Where.last_prompt() if where is None else where)
 
     def to_frame(self) -> "pandas.DataFrame":
-        """Return one row per head: its effect, the length of what it writes, its cosine with the whole."""
+        """Return one row per head: its effect, the length of what it writes, its cosine with the whole.
+
+        Layer and head are −1 for what no head writes.
+        """
         import pandas as pd
 
         whole = self.vector / self.vector.norm()
+        # A rebuilt vector is of one part, which is no head's.
+        heads = self.heads if len(self.heads) == len(self.parts) else [(-1, -1)] * len(self.parts)
         rows = [
             {
                 "layer": layer,
                 "head": head,
-                "aie": float(self.effects[layer, head]),
+                "aie": float(self.effects[layer, head]) if layer >= 0 else math.nan,
                 "norm": float(part.norm()),
                 "cosine": float(part @ whole / part.norm()),
             }
-            for (layer, head), part in zip(self.heads, self.parts, strict=False)
+            for (layer, head), part in zip(heads, self.parts, strict=True)
         ]
         return pd.DataFrame(rows)
 
@@ -161,14 +169,15 @@ def function_vector(
         layer: the block after which it is added.
         effects: those of this task or of several; their mean over tasks ranks the heads. Measured on this task where
             they are needed and not given.
-        options: prompts; where effects are given, use theirs.
+        options: prompts; by default with shots and corruption of the effects, where these are given.
         seed: of the prompts.
 
     Returns:
         The vector with what it was made of.
 
     Raises:
-        ConfigError: a number of heads or a layer that is not there.
+        ConfigError: a number of heads or a layer that is not there, or a head that is named twice.
+        ModelError: effects of another model.
         WhereError: heads that the model does not have.
         DataError: as for `head_effects`; or no head has an effect above 0.
 
@@ -176,18 +185,21 @@ def function_vector(
     chosen on validation items (there: 10 to 100 heads by the model's size, layer ≈ L/3); norms behind the heads are
     applied.
     """
-    options, splits = options or ICLOptions(), splits_of(task)
+    splits = splits_of(task)
     name = splits.train.name
-    _check(hm, heads, layer)
-    named = None if heads is None or isinstance(heads, int) else [(int(a), int(b)) for a, b in heads]
+    if effects is not None:
+        _same_model(hm, effects)
+        options = options or ICLOptions(n_shots=effects.n_shots, corruption=effects.corruption)
+    options = options or ICLOptions()
+    named = _check(hm, heads, layer)
     if effects is None and named is None:
         effects = head_effects(hm, splits, options=options, seed=seed)
     if effects is not None and name in effects.tasks:
         i = effects.index(name)
-        means = HeadMeans(effects.z[i], effects.written[i], effects.resid[i])
+        means, n_shots = HeadMeans(effects.z[i], effects.written[i], effects.resid[i]), effects.n_shots
     else:
-        means = means_of(hm, splits, options, seed)
-    ranked = named if named is not None else _ranked(effects, hm)
+        means, n_shots = means_of(hm, splits, options, seed), options.n_shots
+    ranked = named if named is not None else _ranked(effects)
     sizes = [len(ranked)] if named is not None else _sizes(heads, len(ranked), hm)
     layers = [layer] if layer is not None else list(range(max(1, hm.n_layers - 1)))
     parts = head_vectors(hm, means.written, ranked[: max(sizes)])
@@ -199,11 +211,13 @@ def function_vector(
         heads=ranked[: sizes[0]],
         parts=parts[: sizes[0]],
         layer=layers[0],
-        n_shots=options.n_shots,
+        n_shots=n_shots,
         written=means.written,
         resid=means.resid,
         choice=torch.zeros(0, 0),
         effects=aie,
+        seen=[*splits.train.inputs, *splits.validation.inputs],
+        notes=_few(heads, len(ranked)),
     )
     if len(sizes) * len(layers) == 1:
         return made
@@ -231,7 +245,7 @@ def compose_function_vectors(ac: FunctionVector, bd: FunctionVector, bc: Functio
     """
     if not set(ac.heads) == set(bd.heads) == set(bc.heads):
         raise DataError("these vectors are of different heads, whose sums do not compare; make each with heads=[…]")
-    if len({one.provenance.config_hash for one in (ac, bd, bc)}) > 1:
+    if len({(one.provenance.config_hash, one.direction.folded) for one in (ac, bd, bc)}) > 1:
         raise ModelError("these vectors are of different models; make them on one")
     order = [[one.heads.index(head) for head in ac.heads] for one in (bd, bc)]
     return replace(
@@ -243,6 +257,7 @@ def compose_function_vectors(ac: FunctionVector, bd: FunctionVector, bc: Functio
         sizes=[],
         layers=[],
         choice=torch.zeros(0, 0),
+        seen=[],
         notes=["composed of three vectors; its layer is that of the first"],
     )
 
@@ -267,21 +282,42 @@ def _chosen(
     return replace(made, heads=heads, parts=kept, layer=layer, sizes=sizes, layers=layers, choice=right)
 
 
-def _check(hm: HookManager, heads: object, layer: object) -> None:
+def _check(hm: HookManager, heads: Any, layer: object) -> list[tuple[int, int]] | None:
+    """The heads that are named, if any are."""
     count = hm.n_layers * hm.n_heads
-    if isinstance(heads, int) and not (not isinstance(heads, bool) and 1 <= heads <= count):
-        raise ConfigError(f"heads={heads}: expected 1 to {count} heads, a list of (layer, head), or None")
-    if isinstance(heads, list | tuple) and (not heads or not all(len(tuple(h)) == 2 for h in heads)):
-        raise ConfigError(f"heads={heads!r}: expected a list of (layer, head)")
     if layer is not None and not (type(layer) is int and 0 <= layer < hm.n_layers):
         raise ConfigError(f"layer={layer!r}: expected 0 to {hm.n_layers - 1}, or None to choose one")
+    if heads is None or (type(heads) is int and 1 <= heads <= count):
+        return None
+    try:
+        named = [(int(a), int(b)) for a, b in heads]
+    except (TypeError, ValueError):
+        named = []
+    if not named:
+        raise ConfigError(f"heads={heads!r}: expected 1 to {count} heads, a list of (layer, head), or None")
+    if len(set(named)) < len(named):
+        raise ConfigError(f"heads={heads!r}: a head stands there twice, and would count twice; give each once")
+    return named
 
 
-def _ranked(effects: HeadEffects | None, hm: HookManager) -> list[tuple[int, int]]:
+def _same_model(hm: HookManager, effects: HeadEffects) -> None:
+    """Refuse effects of another model, whose heads only have the same numbers."""
+    own, given = effects.provenance, Provenance.of(hm)
+    if own.config_hash != given.config_hash:
+        raise ModelError(
+            f"these effects are of {own.model!r} (config {own.config_hash}), not of {hm.name!r} (config "
+            f"{given.config_hash}); measure this one"
+        )
+
+
+def _few(heads: object, found: int) -> list[str]:
+    if not isinstance(heads, int) or heads <= found:
+        return []
+    return [f"{heads} heads were asked for, and only {found} have a mean effect above 0"]
+
+
+def _ranked(effects: HeadEffects | None) -> list[tuple[int, int]]:
     assert effects is not None
-    if tuple(effects.aie.shape) != (hm.n_layers, hm.n_heads):
-        shape = tuple(effects.aie.shape)
-        raise ModelError(f"these effects are of a model with {shape} layers and heads; measure this one")
     found = [head for head in effects.top(effects.aie.numel()) if float(effects.aie[head]) > 0]
     if not found:
         raise DataError("no head has a mean effect above 0, so nothing ranks them; see the notes of head_effects")

@@ -1,6 +1,5 @@
 """Training what edits one site, by the loss of texts under the edit: the options, the texts, the loop."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -75,11 +74,13 @@ class TrainedOptions:
                 raise ConfigError(f"{name}={value!r}: expected a whole number ≥ 1")
         for name in ("lr", "weight_decay", "l1", "clip"):
             value = getattr(self, name)
-            above = value > 0 if name in ("lr", "clip") else value >= 0
-            if not above or not math.isfinite(value):
+            least = 0 if name not in ("lr", "clip") else 1e-30
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e38:
                 raise ConfigError(
                     f"{name}={value!r}: expected a finite number {'above' if name in ('lr', 'clip') else '≥'} 0"
                 )
+        if self.start is not None and not isinstance(self.start, Direction):
+            raise ConfigError(f"start={self.start!r}: expected a Direction, such as fit_direction gives")
 
     def settings(self) -> dict[str, object]:
         """Return what a record of the fit keeps."""
