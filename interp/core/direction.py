@@ -184,7 +184,10 @@ class Direction:
                 )
             factor = self.scale[site].factor(dose.unit, float(self.vectors[site].norm()))
             if not math.isfinite(factor):
-                raise ConfigError(f"unit {dose.unit!r} is not known at {site}: the fit had no two classes there")
+                why = "the fit had no two classes there"
+                if dose.unit == "largest":
+                    why = "that was measured the other way round, if at all; see interp.steering.measure_direction"
+                raise ConfigError(f"unit {dose.unit!r} is not known at {site}: {why}")
         return dose.value * factor
 
     def check(self, hm: "HookManager") -> None:

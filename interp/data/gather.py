@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from interp.core.errors import ConfigError, DataError
+from interp.core.errors import ConfigError, DataError, SiteError
 from interp.core.site import Site
 from interp.data.concept_tokens import NOT_READ, ConceptTokens
 
@@ -107,7 +107,7 @@ def gather(
     Raises:
         ConfigError: an unknown pool, or no rows in a batch.
         DataError: pooling over several classes, or activations that are NaN or infinite (names the site).
-        SiteError: sites that are not there.
+        SiteError: sites that are not there, or that have no value at each token.
     """
     if pool not in POOLS:
         raise ConfigError(f"pool={pool!r}: expected one of {', '.join(POOLS)}")
@@ -128,6 +128,8 @@ def gather(
         for site in out.sites:
             x = out[site]
             short = Site(site).short
+            if Site(site).where is not None or Site(site).axes[1] != "pos":
+                raise SiteError(f"{site} has no value at each token; name a whole site such as '6.resid_post'")
             values = _pool(x, read.to(x.device), pool) if pooled is not None else x[read.to(x.device)]
             values = values.float().cpu()
             if not bool(values.isfinite().all()):

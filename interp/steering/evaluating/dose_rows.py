@@ -44,6 +44,8 @@ def read_doses(given: Sequence[float | Dose] | Dose) -> Doses:
     """
     if isinstance(given, Dose) and isinstance(given.value, Tensor):
         each = [Dose.of(Dose(float(v), given.unit)) for v in given.value.flatten().tolist()]
+    elif isinstance(given, int | float):
+        raise ConfigError(f"doses={given!r}: expected a list of numbers, such as [-1, 0, 1]")
     else:
         each = [Dose.of(d) for d in ([given] if isinstance(given, Dose) else given)]
     units = list(dict.fromkeys(d.unit for d in each))
