@@ -1,5 +1,6 @@
 """`interp steer`: fit a direction, with its controls; measure what doses of it do, and what they cost."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -125,6 +126,8 @@ def main(argv: list[str]) -> int:
             raise ConfigError("give one of data.task (with data.positive), data.texts, data.questions")
         if cfg.where == "generated" and cfg.data.texts is None:
             raise ConfigError("where=generated leaves the answer's prompt as it is; give answer, which has both")
+        if len(set(cfg.doses)) < len(cfg.doses) or not all(map(math.isfinite, cfg.doses)):
+            raise ConfigError(f"doses={cfg.doses}: expected finite numbers, each once")
         folder = ResultFolder(cfg.out, force=line.force)
     except ConfigError as err:
         return refuse(str(err))
