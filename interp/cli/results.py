@@ -162,12 +162,18 @@ def write_result(folder: ResultFolder, found: "Result", table: str, page: str, *
         folder: where to.
         found: the result.
         table, page, name: what the files and the folder are called.
+
+    Raises:
+        ArtifactError: they cannot be written.
     """
-    return [
-        folder.write(table, found.to_frame().to_csv(index=False)),
-        found.to_html(folder.path / page),
-        found.save(folder.path / name, overwrite=True),  # the folder is new, emptied, or gone on with
-    ]
+    try:
+        return [
+            folder.write(table, found.to_frame().to_csv(index=False)),
+            found.to_html(folder.path / page),
+            found.save(folder.path / name, overwrite=True),  # the folder is new, emptied, or gone on with
+        ]
+    except OSError as err:
+        raise ArtifactError(f"{folder.path} cannot be written: {err.strerror}; make room and run again") from err
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.core.errors import DataError
+from interp.core.errors import DataError, WhereError
 from interp.core.passes import frame_of
 from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
@@ -151,8 +151,11 @@ class Contrast:
 
         Raises:
             DataError: no tokenizer, texts that do not fit the model, or one in which nothing is read.
+            WhereError: a rule that is no `Where`.
         """
         rule = Where(pos=-1) if where is None else where
+        if not isinstance(rule, Where):
+            raise WhereError(f"where={rule!r}: expected a Where, as Where(pos=-1)")
         if rule.needs_generation:
             raise DataError(f"{rule!r} selects generated tokens, and these are texts; read them with a prompt's rule")
         tokenizer = hm.tokenizer if hasattr(hm, "to_tokens") else hm

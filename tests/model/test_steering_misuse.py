@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from interp.core.direction import Direction, Dose, SiteScale
-from interp.core.errors import ArtifactError, ConfigError, DataError, InterpError, ModelError, ShapeError, SiteError
+from interp.core.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    InterpError,
+    ModelError,
+    ShapeError,
+    SiteError,
+    WhereError,
+)
 from interp.core.gate import Gate
 from interp.core.manager import HookManager
 from interp.core.site import Site
@@ -16,6 +25,8 @@ from interp.data.ab_questions import ABQuestion
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
+from interp.dictionaries.standard import ReLUTranscoder, ReLUTranscoderConfig, StandardConfig, StandardSAE
+from interp.steering.acting.clamp import clamp_latents
 from interp.steering.acting.exchange import from_tensors, from_torch, to_gguf
 from interp.steering.acting.gate import fit_gate
 from interp.steering.acting.rowwise import rowwise
@@ -135,6 +146,35 @@ def test_half_precision_may_round_what_hardly_ever_comes_next() -> None:
     assert orthogonalised(hm, made).name.endswith("(orthogonalised)")
 
 
+def test_latents_are_clamped_where_they_were_trained() -> None:
+    def sae(**metadata: Any) -> StandardSAE:
+        return StandardSAE(StandardConfig(d_in=HM.d_model, d_sae=64, metadata=metadata))
+
+    transcoder = ReLUTranscoder(ReLUTranscoderConfig(d_in=HM.d_model, d_out=HM.d_model, d_sae=64))
+    with pytest.raises(ShapeError, match="reads one site and writes another"):
+        clamp_latents(transcoder, {3: 1.0}, "1.mlp_out")
+    processed = sae(hook_name=SITE, model_from_pretrained_kwargs={"center_writing_weights": True})
+    with pytest.raises(ConfigError, match="not the raw model's"):
+        clamp_latents(processed, {3: 1.0}, SITE)
+    with pytest.warns(UserWarning, match=r"trained at 1\.resid_post and is used at 0\.resid_post"):
+        clamp_latents(sae(hook_name=SITE), {3: 1.0}, "0.resid_post")
+    for same in (SITE, "2.resid_pre"):
+        assert clamp_latents(sae(hook_name=SITE), {3: 1.0}, same)
+
+
+@pytest.mark.parametrize("factor", [1e25, 1e-25])
+def test_the_length_of_a_very_long_or_short_vector_is_its_own(factor: float) -> None:
+    """In single precision its square is infinite, or 0: the unit vector was zero without a word."""
+    d = direction(scale=True)
+    far = d * factor
+    torch.testing.assert_close(far.unit(SITE), d.unit(SITE))
+    torch.testing.assert_close(far.matched(d)[SITE], d[SITE])
+    (edit,) = far.as_interventions(Dose(1.0, "sigma"))
+    torch.testing.assert_close(edit.vector, d.unit(SITE))  # type: ignore[attr-defined]
+    (put,) = far.as_interventions(1.0, operation="set")
+    assert put.value == pytest.approx(factor * float(d[SITE].norm()), rel=1e-5)  # type: ignore[attr-defined]
+
+
 # -- errors of Python's own -----------------------------------------------------------------------------------------
 
 
@@ -153,6 +193,13 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         (DataError, "got NoneType", lambda: Contrast.make(wrong, ["w1"])),
         (ConfigError, "a list of numbers", lambda: steering_sweep(HM, d, GOOD, doses=1.0)),  # type: ignore[arg-type]
         (ConfigError, "no as_interventions", lambda: calibrate(HM, wrong, GOOD)),
+        (WhereError, "expected a Where", lambda: fit_direction(HM, DATA, SITE, where="last")),  # type: ignore[arg-type]
+        (WhereError, "expected a Where", lambda: calibrate(HM, d, GOOD, where=-1)),  # type: ignore[arg-type]
+        (WhereError, "expected a Where", lambda: SweepOptions(where="last")),  # type: ignore[arg-type]
+        (ConfigError, "expected a Where", lambda: rowwise([d], where="last")),  # type: ignore[arg-type]
+        (SiteError, "site name → vector", lambda: Direction.of(HM, v)),  # type: ignore[arg-type]
+        (ArtifactError, "cannot be written", lambda: d.save("/proc/no.safetensors")),
+        (ArtifactError, "cannot be written", lambda: to_gguf(d, "/proc/no.gguf", model_hint="llama")),
         (ConfigError, "one thing steers all", lambda: rowwise(d)),
         (ConfigError, "row 0 holds str", lambda: rowwise(["x"])),  # type: ignore[list-item]
         (ConfigError, "no site", lambda: fit_gate(HM, Contrast.make(GOOD, BAD, paired=False), d, [])),

@@ -49,6 +49,8 @@ def rowwise(
     given = [doses] * n if isinstance(doses, int | float | Dose) else list(doses)
     if len(given) != n:
         raise ConfigError(f"{len(given)} doses for {n} rows; give one for all, or one per row")
+    if where is not None and not isinstance(where, Where):
+        raise ConfigError(f"where={where!r}: expected a Where, as Where(pos=-1)")
     if where is not None and where.selects_rows:
         raise ConfigError(f"{where!r} selects rows, which are the rows of this list here; leave rows out")
     slots: dict[tuple[str, int], dict[int, Intervention]] = {}

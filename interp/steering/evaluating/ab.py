@@ -243,8 +243,9 @@ def _of_pairs(hm: HookManager, pairs: PromptPairs) -> _Asked:
     if wrong is not None:
         raise DataError(f"pair {wrong} has several answers or foils; an A/B question has one letter of each")
     right, foil = made.answer_ids[:, 0], made.foil_ids[:, 0]
-    # Letters stand in a vocabulary in their order.
-    first = torch.where(right < foil, 1.0, -1.0)
+    # By the letters themselves: a vocabulary may hold " C" before " A".
+    said = [[hm.tokenizer.decode([i]).strip() for i in ids.tolist()] if hm.tokenizer else ids for ids in (right, foil)]
+    first = torch.tensor([1.0 if a < b else -1.0 for a, b in zip(*said, strict=True)])
     return _Asked((_Order(made.clean, right, foil), _Order(made.corrupted, foil, right)), first)
 
 

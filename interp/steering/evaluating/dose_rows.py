@@ -131,8 +131,10 @@ def of_rows(where: Where, rows: Int[Tensor, " r"], n_rows: int) -> Where:
         n_rows: how many prompts the selection is about.
 
     Raises:
-        WhereError: it names rows.
+        WhereError: it names rows, or is no `Where`.
     """
+    if not isinstance(where, Where):
+        raise WhereError(f"where={where!r}: expected a Where, as Where(pos=-1) or Where.last_prompt()")
     if where.rows is not None:
         raise WhereError(f"{where!r}: a sweep puts prompts on rows of its own; give the prompts you mean instead")
     if where.any_of:
