@@ -186,8 +186,9 @@ class CachedJudge:
             part = pending[first : first + _AT_ONCE]
             for (key, _), verdict in zip(part, _verdicts(self.judge, [item for _, item in part]), strict=True):
                 found[key] = verdict
-                number = isinstance(verdict, int | float) and not isinstance(verdict, bool)
-                if number and math.isfinite(verdict):
+                if isinstance(verdict, bool):
+                    continue  # no score; `judged` refuses it
+                if isinstance(verdict, int | float) and math.isfinite(verdict):
                     self.scores[key] = float(verdict)
             self._add([key for key, _ in part if key in self.scores])
         return [self.scores[key] if key in self.scores else found[key] for key in keys]
