@@ -142,7 +142,9 @@ def test_a_line_below_the_last_option_does_not_move_with_it(below: str) -> None:
 
 def test_half_precision_may_round_what_hardly_ever_comes_next() -> None:
     hm = HookManager.load("testbed", dtype="bfloat16")
-    made = fit_direction(hm, Contrast.make(["i loved the film", "a success"], ["i hated the film", "a failure"]), SITE)
+    good = ["i loved the film", "she was glad today", "a great success", "he felt happy"]
+    bad = ["i hated the film", "she was sad today", "a great failure", "he felt awful"]
+    made = fit_direction(hm, Contrast.make(good, bad), "2.resid_post")
     assert orthogonalised(hm, made).name.endswith("(orthogonalised)")
 
 
