@@ -1,5 +1,6 @@
 """`interp steer`: fit a direction, with its controls; measure what doses of it do, and what they cost."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -103,6 +104,7 @@ class _Data(NamedTuple):
     fit: "Contrast"
     prompts: Any
     questions: "ABQuestions | None"
+    read_at: "Where | None" = None
 
 
 def main(argv: list[str]) -> int:
@@ -122,6 +124,10 @@ def main(argv: list[str]) -> int:
         cfg = line.settings()
         if not any((cfg.data.task, cfg.data.texts, cfg.data.questions)):
             raise ConfigError("give one of data.task (with data.positive), data.texts, data.questions")
+        if cfg.where == "generated" and cfg.data.texts is None:
+            raise ConfigError("where=generated leaves the answer's prompt as it is; give answer, which has both")
+        if len(set(cfg.doses)) < len(cfg.doses) or not all(map(math.isfinite, cfg.doses)):
+            raise ConfigError(f"doses={cfg.doses}: expected finite numbers, each once")
         folder = ResultFolder(cfg.out, force=line.force)
     except ConfigError as err:
         return refuse(str(err))
@@ -145,12 +151,13 @@ def main(argv: list[str]) -> int:
 def _data(hm: "HookManager", cfg: SteerConfig) -> _Data:
     given = cfg.data
     if given.questions is not None:
-        from interp.data.ab_questions import ABQuestions, ab_contrast
+        from interp.core.where import Where
+        from interp.data.ab_questions import LETTER, ABQuestions, ab_contrast
 
         asked = ABQuestions.from_json(given.questions)
         fit, held = asked[: given.n].split(given.held_out, seed=given.seed)
         contrast = ab_contrast(fit.balanced(seed=given.seed), hm)
-        return _Data(contrast, cfg.prompts or [q.question for q in held], held)
+        return _Data(contrast, cfg.prompts or [q.question for q in held], held, Where(name=LETTER))
     if given.texts is not None:
         from interp.data.contrast_files import contrast_from_file
 
@@ -181,7 +188,7 @@ def _direction(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultF
         held = Direction.load(cfg.direction)
         held.check(hm)
         return held, [f"{held!r}"]
-    fitted = fit_with_controls(hm, data.fit, cfg.sites, method=cfg.method, seed=cfg.data.seed)
+    fitted = fit_with_controls(hm, data.fit, cfg.sites, method=cfg.method, where=data.read_at, seed=cfg.data.seed)
     files = write_result(folder, fitted, "fit.csv", "fit.html", name="fit")
     fitted.direction.save(folder.path / "direction.safetensors", overwrite=True)
     return fitted.direction, [fitted.summary(), *map(str, files)]
@@ -210,7 +217,7 @@ def _steered(hm: "HookManager", data: _Data, cfg: SteerConfig, folder: ResultFol
     said += [found.summary(), *map(str, files)]
     stopped = any(note.startswith("stopped") for note in found.notes)
     if data.questions is not None and not stopped:
-        answered = ab_evaluation(hm, data.questions, direction, doses=doses)
+        answered = ab_evaluation(hm, data.questions, direction, doses=doses, where=_prompt_part(cfg.where))
         files += write_result(folder, answered, "answers.csv", "answers.html", name="answers")
         said += [answered.summary(), *map(str, files[-3:])]
     record = {"out": cfg.out, "cells": len(found), "notes": found.notes, "files": [str(f) for f in files]}
@@ -228,6 +235,11 @@ def _where(name: str) -> "Where | None":
         "generated": Where.generated(),
         "answer": Where.last_prompt() | Where.generated(),
     }[name]
+
+
+def _prompt_part(name: str) -> "Where | None":
+    """Where a prompt is steered whose next token alone is looked at: what is generated is not there."""
+    return _where("last_prompt" if name == "answer" else name)
 
 
 def _described(hm: "HookManager", data: _Data, cfg: SteerConfig, *, as_json: bool) -> int:

@@ -41,6 +41,10 @@ class AddDirection(Add):
         return self.scale == 0
 
 
+def _length(v: Tensor) -> float:
+    return float(v.double().norm())
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Direction:
     """A direction at one or several sites of one model, and how it is meant to act.
@@ -75,6 +79,8 @@ class Direction:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.vectors, Mapping):
+            raise SiteError(f"vectors are {type(self.vectors).__name__}; expected site name → vector")
         if not self.vectors:
             raise SiteError("a direction needs a vector at one site at least")
         if self.operation not in OPERATIONS:
@@ -167,24 +173,27 @@ class Direction:
                     f"{how} acts on one vector a position, and {site} has features {tuple(v.shape)}; use add"
                 )
             if how == "ablate":
-                made.append(Project(site, v, where=place))
+                made.append(Project(site, self.unit(site), where=place))
             else:
-                made.append(SetProjection(site, v, value=self._coefficient(site, amount), where=place))
+                made.append(SetProjection(site, self.unit(site), value=self._coefficient(site, amount), where=place))
         return made
 
     def _coefficient(self, site: str, dose: Dose) -> float | Tensor:
         """What the unit vector is multiplied by."""
         if dose.unit == "raw":
-            factor = float(self.vectors[site].norm())
+            factor = _length(self.vectors[site])
         else:
             if site not in self.scale:
                 raise ConfigError(
                     f"unit {dose.unit!r} needs what the fit measured at {site}, and this direction has no scale there; "
                     "give a raw dose, or measure it on examples (interp.steering.measure_direction)"
                 )
-            factor = self.scale[site].factor(dose.unit, float(self.vectors[site].norm()))
+            factor = self.scale[site].factor(dose.unit, _length(self.vectors[site]))
             if not math.isfinite(factor):
-                raise ConfigError(f"unit {dose.unit!r} is not known at {site}: the fit had no two classes there")
+                why = "the fit had no two classes there"
+                if dose.unit == "largest":
+                    why = "that was measured the other way round, if at all; see interp.steering.measure_direction"
+                raise ConfigError(f"unit {dose.unit!r} is not known at {site}: {why}")
         return dose.value * factor
 
     def check(self, hm: "HookManager") -> None:
@@ -295,8 +304,8 @@ class Direction:
     def unit(self, site: Site | str | None = None) -> "Direction | Tensor":
         """Return the vector at a site with length 1; without a site, the direction with such vectors."""
         if site is not None:
-            v = self[site]
-            return v / v.norm()
+            v = self[site].double()  # in single precision the squares of a very large one overflow
+            return (v / v.norm()).float()
         return self.matched(1.0)
 
     def matched(self, norm: "int | float | Direction") -> "Direction":
@@ -313,12 +322,12 @@ class Direction:
         norm, so that multipliers compare.
         """
         if isinstance(norm, Direction):
-            lengths = {s: float(norm[s].norm()) for s in self.sites}
+            lengths = {s: _length(norm[s]) for s in self.sites}
         else:
             if isinstance(norm, bool) or not isinstance(norm, int | float) or not 0 < norm < math.inf:
                 raise ConfigError(f"a length is a number above 0, got {norm!r}")
             lengths = dict.fromkeys(self.sites, float(norm))
-        return replace(self, vectors={s: v / v.norm() * lengths[s] for s, v in self.vectors.items()}, stats={})
+        return replace(self, vectors={s: (self.unit(s).double() * lengths[s]).float() for s in self.sites}, stats={})
 
     def orthogonal_to(self, others: "Direction | Sequence[Direction]") -> "Direction":
         """Return what is left of the direction outside the span of others, site by site.

@@ -36,7 +36,7 @@ def write_direction(
         overwrite: replace a file that is there.
 
     Raises:
-        ArtifactError: a file or a folder is there.
+        ArtifactError: a file or a folder is there, or the file cannot be written.
     """
     from safetensors.torch import save
 
@@ -56,7 +56,11 @@ def write_direction(
         "sites": list(vectors),
     }
     text = json.dumps(body, ensure_ascii=False, allow_nan=False)
-    return atomic_write(path, save({s: v.contiguous() for s, v in vectors.items()}, {_KEY: text}))
+    data = save({s: v.contiguous() for s, v in vectors.items()}, {_KEY: text})
+    try:
+        return atomic_write(path, data)
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be written: {err.strerror}; make room, or choose another path") from err
 
 
 def read_direction(path: str | os.PathLike[str], make: Callable[[dict[str, Any]], _T]) -> _T:

@@ -9,6 +9,7 @@ arXiv 2409.05907, §3: kind "cast" is sim(h, tanh(P_c h)) of the mean prompt tok
 P_c h is a multiple of c with the sign of c · h, so that this is |cos(h, c)|: it does not tell c from −c, "cosine" does.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,7 @@ class Gate:
         above: False opens below the threshold instead.
 
     Raises:
-        ConfigError: an unknown kind, reduction or time, or "each" with once="prompt".
+        ConfigError: an unknown kind, reduction or time, a threshold that is no number, or "each" with once="prompt".
         SiteError: a glob, or a site without one value a position.
         ShapeError: a condition that is none.
         WhereError: a selection of generated tokens, which a prompt has none of.
@@ -97,6 +98,9 @@ class Gate:
                 raise ConfigError(f"Gate({name}={getattr(self, name)!r}): expected one of {', '.join(known)}")
         if self.reduce == "each" and self.once == "prompt":
             raise ConfigError("Gate(reduce='each') has no one answer for what is generated; give once='step'")
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        if not number or math.isnan(self.threshold):
+            raise ConfigError(f"Gate(threshold={self.threshold!r}): expected a number, in units of the score")
         site = Site(self.site)
         if site.where is not None:
             raise SiteError(f"Gate({self.site!r}): say which tokens are looked at with where=Where(…), not with .at(…)")
@@ -109,6 +113,8 @@ class Gate:
         if isinstance(given, Tensor):
             if given.ndim != len(site.axes) - 2 or not given.is_floating_point() or not bool((given != 0).any()):
                 raise ShapeError(f"Gate(condition=…) at {site.short} needs a non-zero vector, got {tuple(given.shape)}")
+            if not bool(given.isfinite().all()):
+                raise ShapeError(f"Gate(condition=…) at {site.short} holds NaN or infinity, which no score is above")
         elif not callable(given):
             raise ShapeError(f"Gate(condition=…) needs a Direction, a vector or a function, got {type(given).__name__}")
         object.__setattr__(self, "condition", given)

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class ABQuestion:
         if lost:
             raise DataError(
                 f"the option ({lost[0]}) is not found once in {self.question[-80:]!r}; write options as '(A) …', each "
-                "on a line of its own"
+                "on a line of its own, and an empty line before what follows the last one"
             )
         (a, b), (c, d) = sorted([spans[self.matching], spans[self.other]])
         q = self.question
@@ -286,11 +287,14 @@ def _options(text: str) -> dict[str, tuple[int, int]]:
     if len({m[2] for m in marks}) < 2:
         marks = list(_INLINE.finditer(text))
     letters = [m[2] for m in marks]
-    spans = {}
+    spans: dict[str, tuple[int, int]] = {}
+    one_line = all("\n" not in text[a.end() : b.start()].strip() for a, b in pairwise(marks))
     for i, mark in enumerate(marks):
         stop = marks[i + 1].start() if i + 1 < len(marks) else len(text)
         # What follows an empty line, such as "Answer:", is no part of the last option.
-        end = mark.end() + len(text[mark.end() : stop].split("\n\n")[0].rstrip())
-        if letters.count(mark[2]) == 1:
+        end = mark.end() + len(re.split(r"\n\s*\n", text[mark.end() : stop])[0].rstrip())
+        # Whether a line below the last option belongs to it cannot be told where the others have one line.
+        loose = i + 1 == len(marks) and one_line and "\n" in text[mark.end() : end]
+        if letters.count(mark[2]) == 1 and not loose:
             spans[mark[2]] = (mark.end(), end)
     return spans

@@ -160,6 +160,9 @@ class ConceptTokens:
 
         Args:
             seed: of the draw.
+
+        Raises:
+            DataError: one pair alone: exchanged or not, its difference is the true one.
         """
         draw = torch.Generator().manual_seed(seed)
         read = self.labels != NOT_READ
@@ -172,6 +175,8 @@ class ConceptTokens:
             )
         if self.pairs is not None and len(self.classes) == 2:
             known, at = self.pairs.unique(return_inverse=True)
+            if len(known) < 2:
+                raise DataError(f"{self.name!r} is one pair, whose labels cannot be shuffled; give two pairs at least")
             # Exactly half of the pairs change sides: a direction fitted on most of them would still be the true one.
             order = torch.randperm(len(known), generator=draw)
             flip = torch.zeros(len(known), dtype=torch.bool)

@@ -1,6 +1,6 @@
 """`Contrast`: texts that have a concept and texts that lack it; what directions and probes are fitted on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from interp.core.errors import DataError
+from interp.core.errors import DataError, WhereError
 from interp.core.passes import frame_of
 from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
@@ -50,10 +50,10 @@ class Contrast:
             texts = getattr(self, side)
             if isinstance(texts, str) or not texts:
                 raise DataError(f"{self.name!r} needs a list of {side} texts, got {texts!r}")
-            wrong = next((t for t in texts if not isinstance(t, Prompt)), None)
+            wrong = next((type(t) for t in texts if not isinstance(t, Prompt)), None)
             if wrong is not None:
-                hint = "Contrast.make takes plain texts" if isinstance(wrong, str) else "expected text or a Prompt"
-                raise DataError(f"a {side} text of {self.name!r} is {type(wrong).__name__}; {hint}")
+                hint = "Contrast.make takes plain texts" if wrong is str else "expected text or a Prompt"
+                raise DataError(f"a {side} text of {self.name!r} is {wrong.__name__}; {hint}")
             object.__setattr__(self, side, tuple(texts))
         n, m = len(self.positive), len(self.negative)
         if self.paired and n != m:
@@ -90,6 +90,10 @@ class Contrast:
         """
         if isinstance(positive, str) or isinstance(negative, str):
             raise DataError("positive and negative are lists of texts, one text alone was given; put it in a list")
+        if not isinstance(positive, Iterable) or not isinstance(negative, Iterable):
+            given = type(negative if isinstance(positive, Iterable) else positive).__name__
+            raise DataError(f"positive and negative are lists of texts, got {given}")
+        positive, negative = tuple(positive), tuple(negative)
         pairs = len(positive) == len(negative) if paired is None else paired
         if groups is not None:
             two = len(groups) == 2 and all(isinstance(side, list | tuple) for side in groups)
@@ -154,8 +158,11 @@ class Contrast:
 
         Raises:
             DataError: no tokenizer, texts that do not fit the model, or one in which nothing is read.
+            WhereError: a rule that is no `Where`.
         """
         rule = Where(pos=-1) if where is None else where
+        if not isinstance(rule, Where):
+            raise WhereError(f"where={rule!r}: expected a Where, as Where(pos=-1)")
         if rule.needs_generation:
             raise DataError(f"{rule!r} selects generated tokens, and these are texts; read them with a prompt's rule")
         tokenizer = hm.tokenizer if hasattr(hm, "to_tokens") else hm

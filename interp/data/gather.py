@@ -134,7 +134,7 @@ def gather(
         read = part.read
         for site in out.sites:
             x = out[site]
-            short = Site(site).short
+            short = site.short
             values = _pool(x, read.to(x.device), pool) if pooled is not None else x[read.to(x.device)]
             values = values.float().cpu()
             if not bool(values.isfinite().all()):

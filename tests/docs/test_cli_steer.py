@@ -54,6 +54,8 @@ def test_questions_are_asked_both_ways_round(tmp_path: Path, capfd: pytest.Captu
     assert main(["steer", *words, *small, "--out", str(out), "--json"]) == 0
     capfd.readouterr()
     assert (out / "answers.csv").is_file() and (out / "answers.html").is_file()
+    fitted = DirectionFit.load(out / "fit")
+    assert "letter" in fitted.read_at, "the letter tells the answers apart, not the bracket after it"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Steering by a dictionary's latents: what it reconstructs otherwise, and nothing else, is added to the activation."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,11 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.dose import Dose
-from interp.core.errors import ConfigError
+from interp.core.errors import ConfigError, ShapeError
 from interp.core.intervention import Intervention, Splice
 from interp.core.place import Place
 from interp.core.site import Site
 from interp.core.where import Where
+from interp.dictionaries.base import Dictionary, Transcoder
+from interp.dictionaries.processed import refuse_unbound
 
 __all__ = ["CLAMPS", "ClampLatents", "LatentClamp", "clamp_latents"]
 
@@ -35,6 +38,9 @@ class ClampLatents(Intervention):
         values: latent → its value, in units of the latent; a number, or one per row [batch].
         mode: one of `CLAMPS`.
         where: the positions it acts on.
+
+    Warns:
+        UserWarning: the dictionary was trained at another site.
     """
 
     dictionary: Any
@@ -60,6 +66,7 @@ class ClampLatents(Intervention):
                     f"the value of latent {latent} is {value!r}: expected a number, or one per row [batch]"
                 )
         Splice(self.site, self.dictionary, keep_error=True)  # refuses what has no encode and decode
+        _refuse_elsewhere(self.dictionary, Site(self.site))
 
     @property
     def may_do_nothing(self) -> bool:
@@ -79,6 +86,32 @@ class ClampLatents(Intervention):
             new = {"set": lambda: given, "add": lambda: old + given, "scale": lambda: old * given, "zero": lambda: 0.0}  # noqa: B023
             z[..., latent] = new[self.mode]()
         return z
+
+
+def _refuse_elsewhere(dictionary: Any, site: Site) -> None:
+    """Refuse, or warn of, latents that mean nothing at a site."""
+    if isinstance(dictionary, Transcoder):
+        raise ShapeError(
+            "a transcoder reads one site and writes another, so its latents cannot be clamped at one; give an SAE, or "
+            "add what a latent writes (interp.steering.latent_direction)"
+        )
+    if not isinstance(dictionary, Dictionary):
+        return
+    refuse_unbound(dictionary)
+    known = dictionary.cfg.metadata.get("hook_name")
+    if known is None:
+        return
+    own = Site(str(known))
+    # What leaves one block enters the next.
+    ends = [
+        (s.layer or 0) + (s.kind == "resid_post") if s.kind in ("resid_pre", "resid_post") else s for s in (own, site)
+    ]
+    if own.short != site.short and ends[0] != ends[1]:
+        warnings.warn(
+            f"this dictionary was trained at {own.short} and is used at {site.short}, where its latents need not mean "
+            "the same",
+            stacklevel=5,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +167,9 @@ def clamp_latents(
         where: the positions it acts on; every non-pad one by default.
 
     Raises:
-        ConfigError: latents that do not exist, values that are none, or an unknown mode.
-        ShapeError: something without encode and decode.
+        ConfigError: latents that do not exist, values that are none, an unknown mode, or a dictionary of a processed
+            model that was made for none.
+        ShapeError: something without encode and decode, or a transcoder.
     """
     values = latents if isinstance(latents, Mapping) else dict.fromkeys(latents, 0.0)
     if not isinstance(latents, Mapping) and mode != "zero":

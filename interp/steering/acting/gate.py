@@ -158,8 +158,9 @@ def fit_gate(
         seed: of the split.
 
     Raises:
-        ConfigError: a function without sites.
+        ConfigError: a function without sites, or no site.
         DataError: rows of several classes, or one class alone in a part.
+        ModelError: a direction of another model.
     """
     tokens = concept_tokens(hm, data, where=Where() if isinstance(data, Contrast | PromptPairs) else None)
     rule = where or (Where(pos=slice(1, None)) if tokens.tokens.bos else Where())
@@ -169,6 +170,10 @@ def fit_gate(
         sites = list(condition.vectors) if isinstance(condition, Direction) else list(condition)
     wanted = [sites] if isinstance(sites, str | Site) else list(sites)
     shorts = [found.short for name in wanted for found in hm.atlas.expand(name)]
+    if not shorts:
+        raise ConfigError("no site to read; give sites=…, such as '6.resid_post'")
+    if isinstance(condition, Direction):
+        condition.check(hm)
     gates = [_gate(condition, short, kind, reduce, rule) for short in shorts]
     parts = [(_scores(hm, part, gates), _labels(part)) for part in tokens.split(0.3, seed=seed)]
     (fit, y), (held, y_held) = parts

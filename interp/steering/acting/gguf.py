@@ -139,6 +139,9 @@ def write_gguf(path: Path, fields: Mapping[str, str | int], tensors: Mapping[str
         path: the file; one that is there is replaced.
         fields: keys and values; "general.architecture" is expected first.
         tensors: names and values.
+
+    Raises:
+        ArtifactError: the file cannot be written.
     """
     head = [_MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(fields))]
     for key, value in fields.items():
@@ -154,7 +157,10 @@ def write_gguf(path: Path, fields: Mapping[str, str | int], tensors: Mapping[str
         body.append(held.ljust(_padded(len(held), _ALIGNMENT), b"\0"))
         offset += len(body[-1])
     front = b"".join(head)
-    return atomic_write(path, front.ljust(_padded(len(front), _ALIGNMENT), b"\0") + b"".join(body))
+    try:
+        return atomic_write(path, front.ljust(_padded(len(front), _ALIGNMENT), b"\0") + b"".join(body))
+    except OSError as err:
+        raise ArtifactError(f"{path} cannot be written: {err.strerror}; make room, or choose another path") from err
 
 
 def _text(value: str) -> bytes:

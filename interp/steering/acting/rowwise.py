@@ -39,13 +39,18 @@ def rowwise(
         Edits for a batch of exactly these rows, in this order.
 
     Raises:
-        ConfigError: doses for another number of rows, a dose per row within a row, or `where` with rows.
+        ConfigError: doses for another number of rows, a dose per row within a row, something that does not steer, or
+            `where` with rows.
         DataError: no row is steered.
     """
+    if hasattr(steers, "as_interventions"):
+        raise ConfigError("one thing steers all rows; give a list with what steers each row, or None")
     n = len(steers)
     given = [doses] * n if isinstance(doses, int | float | Dose) else list(doses)
     if len(given) != n:
         raise ConfigError(f"{len(given)} doses for {n} rows; give one for all, or one per row")
+    if where is not None and not isinstance(where, Where):
+        raise ConfigError(f"where={where!r}: expected a Where, as Where(pos=-1)")
     if where is not None and where.selects_rows:
         raise ConfigError(f"{where!r} selects rows, which are the rows of this list here; leave rows out")
     slots: dict[tuple[str, int], dict[int, Intervention]] = {}
@@ -53,6 +58,9 @@ def rowwise(
         if isinstance(Dose.of(dose).value, Tensor):
             raise ConfigError(f"row {row} has a dose per row; give each row one number")
         several = () if steer is None else (steer,) if hasattr(steer, "as_interventions") else tuple(steer)
+        wrong = next((type(s).__name__ for s in several if not hasattr(s, "as_interventions")), None)
+        if wrong is not None:
+            raise ConfigError(f"row {row} holds {wrong}, which has no as_interventions; give what steers, or None")
         depth: dict[str, int] = {}
         for edit in (e for s in several for e in s.as_interventions(dose, where=where)):
             at = edit.site.short if isinstance(edit.site, Site) else str(edit.site)

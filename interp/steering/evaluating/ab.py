@@ -163,7 +163,8 @@ def ab_evaluation(
 ) -> ABResult:
     """Measure which of two lettered options a model prefers, in both orders of the options.
 
-    Memory: the last logits of a forward, 4 · batch_size · d_vocab bytes.
+    On Ctrl-C the lines that are done are returned. Memory: the last logits of a forward, 4 · batch_size · d_vocab
+    bytes.
 
     Args:
         hm: the model; with a chat template each question is the user's turn.
@@ -190,7 +191,16 @@ def ab_evaluation(
     amounts = read_doses(doses)
     lines = [] if steers is None else lines_of(hm, steers, amounts, controls=controls)
     base = [_measure(hm, order, None, Doses(torch.zeros(1), "raw"), where, batch_size) for order in asked.orders]
-    found = [[_measure(hm, order, one, one.doses, where, batch_size) for order in asked.orders] for one in lines]
+    found: list[list[_Answers]] = []
+    notes = list(hm.notes_for(asked.orders[0].tokens))
+    try:
+        for one in lines:
+            found.append([_measure(hm, order, one, one.doses, where, batch_size) for order in asked.orders])
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        notes.append(f"stopped: {len(found)} of {len(lines)} lines are done, the others are left out")
+        lines = lines[: len(found)]
     cells = [(line, k) for line in lines for k in range(len(line.doses.values))]
     tokens = [t for order in asked.orders for t in (order.tokens.ids, order.tokens.mask)]
     settings = {"doses": amounts.values.tolist(), "unit": amounts.unit, "where": repr(where), "answer": answer}
@@ -205,7 +215,7 @@ def ab_evaluation(
         mass=torch.cat([torch.stack([o.mass for o in both], 1) for both in [base, *found]]),
         first=asked.first,
         name=questions.name,
-        notes=list(hm.notes_for(asked.orders[0].tokens)),
+        notes=notes,
     )
 
 
@@ -233,8 +243,9 @@ def _of_pairs(hm: HookManager, pairs: PromptPairs) -> _Asked:
     if wrong is not None:
         raise DataError(f"pair {wrong} has several answers or foils; an A/B question has one letter of each")
     right, foil = made.answer_ids[:, 0], made.foil_ids[:, 0]
-    # Letters stand in a vocabulary in their order.
-    first = torch.where(right < foil, 1.0, -1.0)
+    # By the letters themselves: a vocabulary may hold " C" before " A".
+    said = [[hm.tokenizer.decode([i]).strip() for i in ids.tolist()] if hm.tokenizer else ids for ids in (right, foil)]
+    first = torch.tensor([1.0 if a < b else -1.0 for a, b in zip(*said, strict=True)])
     return _Asked((_Order(made.clean, right, foil), _Order(made.corrupted, foil, right)), first)
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.core.direction import Dose, Steers
+from interp.core.direction import Direction, Dose, Steers
 from interp.core.errors import ConfigError, DataError
 from interp.core.inputs import Inputs
 from interp.core.manager import HookManager
@@ -45,10 +45,15 @@ def token_kl(
 
     Returns:
         One number per real token that is not special, row by row.
+
+    Raises:
+        ConfigError: several doses, or nothing that steers.
+        ModelError: a direction of another model.
     """
     amount = Dose.of(dose)
     if isinstance(amount.value, Tensor):
         raise ConfigError("one dose is measured at a time; give a number")
+    _check(hm, steers)
     measure = TextMeasure(hm, read_text(hm, prompts), where=where, batch_size=batch_size)
     doses = Doses(torch.tensor([float(amount.value)], dtype=torch.float64), amount.unit)
     return measure(steers, doses).kl[0]
@@ -85,11 +90,13 @@ def calibrate(
         A positive dose in units of the fitted vector.
 
     Raises:
-        ConfigError: a target or quantile that cannot be.
+        ConfigError: a target or quantile that cannot be, or nothing that steers.
+        ModelError: a direction of another model.
         DataError: no dose reaches it; says what was reached.
     """
     if not 0 < kl < math.inf or not 0 < quantile < 1 or not 0 < tolerance < 1:
         raise ConfigError(f"kl={kl}, quantile={quantile}, tolerance={tolerance}: expected kl > 0, the others in (0, 1)")
+    _check(hm, steers)
     measure = TextMeasure(hm, read_text(hm, prompts), where=where, batch_size=batch_size)
 
     def reached(dose: float) -> float:
@@ -97,6 +104,13 @@ def calibrate(
         return float(found.double().quantile(quantile))
 
     return Dose(_solve(reached, kl, tolerance), "raw")
+
+
+def _check(hm: HookManager, steers: Steers) -> None:
+    if not callable(getattr(steers, "as_interventions", None)):
+        raise ConfigError(f"{type(steers).__name__} has no as_interventions; give what steers, such as a Direction")
+    if isinstance(steers, Direction):
+        steers.check(hm)
 
 
 def _solve(reached: Callable[[float], float], target: float, tolerance: float) -> float:

@@ -44,6 +44,8 @@ def read_doses(given: Sequence[float | Dose] | Dose) -> Doses:
     """
     if isinstance(given, Dose) and isinstance(given.value, Tensor):
         each = [Dose.of(Dose(float(v), given.unit)) for v in given.value.flatten().tolist()]
+    elif isinstance(given, int | float):
+        raise ConfigError(f"doses={given!r}: expected a list of numbers, such as [-1, 0, 1]")
     else:
         each = [Dose.of(d) for d in ([given] if isinstance(given, Dose) else given)]
     units = list(dict.fromkeys(d.unit for d in each))
@@ -129,8 +131,10 @@ def of_rows(where: Where, rows: Int[Tensor, " r"], n_rows: int) -> Where:
         n_rows: how many prompts the selection is about.
 
     Raises:
-        WhereError: it names rows.
+        WhereError: it names rows, or is no `Where`.
     """
+    if not isinstance(where, Where):
+        raise WhereError(f"where={where!r}: expected a Where, as Where(pos=-1) or Where.last_prompt()")
     if where.rows is not None:
         raise WhereError(f"{where!r}: a sweep puts prompts on rows of its own; give the prompts you mean instead")
     if where.any_of:

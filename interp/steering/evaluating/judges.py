@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -61,12 +61,12 @@ class WordJudge:
     """Scores a text by how often words of a list, or matches of a pattern, come in it.
 
     Args:
-        words: words, found whole and in any case; or one regular expression.
+        words: words, found whole and in any case, without spaces around them; or one regular expression.
         enough: so many matches earn the whole score.
         top: the whole score.
 
     Raises:
-        ConfigError: no words, a pattern that is none, or numbers that cannot be.
+        ConfigError: no words, or empty ones, a pattern that is none or matches everything, or numbers that cannot be.
     """
 
     words: Sequence[str] | str
@@ -74,18 +74,28 @@ class WordJudge:
     top: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.words or self.enough < 1 or not 0 < self.top < math.inf:
-            raise ConfigError(f"WordJudge needs words, enough ≥ 1 and top > 0, got {self!r}")
+        words = [self.words] if isinstance(self.words, str) else list(self.words)
+        good = words and all(isinstance(word, str) and word.strip() for word in words)
+        numbers = isinstance(self.enough, int) and isinstance(self.top, int | float)
+        if not good or not numbers or self.enough < 1 or not 0 < self.top < math.inf:
+            raise ConfigError(f"WordJudge needs words that are not empty, enough ≥ 1 and top > 0, got {self!r}")
         try:
-            self.pattern  # noqa: B018
+            empty = self.pattern.match("") is not None
         except re.error as err:
             raise ConfigError(f"{self.words!r} is no regular expression ({err}); give a list of words") from err
+        if empty:
+            raise ConfigError(f"{self.words!r} matches the empty text, so every text would earn the whole score")
 
     @property
     def pattern(self) -> "re.Pattern[str]":
         """What is looked for."""
         given = self.words
-        text = given if isinstance(given, str) else r"\b(?:" + "|".join(map(re.escape, given)) + r")\b"
+        # Not \b: a word may end in a sign, as "C++" does. Tokens come with the space before them.
+        text = (
+            given
+            if isinstance(given, str)
+            else r"(?<!\w)(?:" + "|".join(re.escape(w.strip()) for w in given) + r")(?!\w)"
+        )
         return re.compile(text, re.IGNORECASE)
 
     def __call__(self, items: Sequence[Judged]) -> list[Verdict]:
@@ -107,7 +117,7 @@ class LocalJudge:
         batch_size: texts per forward.
 
     Raises:
-        ConfigError: a template without {text}.
+        ConfigError: a template without {text}, or one token for both answers.
         DataError: answers that are not one token each.
     """
 
@@ -125,7 +135,9 @@ class LocalJudge:
             raise ConfigError(f"template={template!r}: expected '{{text}}' in it, and '{{prompt}}' where it is wanted")
         self.hm, self.template, self.top, self.size = hm, template, top, batch_size
         self.yes, self.no = hm.to_single_token(yes), hm.to_single_token(no)
-        self.name = f"local {hm.name} {template!r} {yes!r} {no!r} {top}"
+        if self.yes == self.no:
+            raise ConfigError(f"yes={yes!r} and no={no!r} are one token, so every text would have one score")
+        self.name = f"local {hm.name} {hm.revision} {template!r} {yes!r} {no!r} {top}"
 
     def log_odds(self, items: Sequence[Judged]) -> Float[Tensor, " text"]:
         """Return logit(yes) − logit(no) for each text."""
@@ -172,8 +184,10 @@ class CachedJudge:
         pending = list(new.items())
         for first in range(0, len(pending), _AT_ONCE):
             part = pending[first : first + _AT_ONCE]
-            for (key, _), verdict in zip(part, self.judge([item for _, item in part]), strict=True):
+            for (key, _), verdict in zip(part, _verdicts(self.judge, [item for _, item in part]), strict=True):
                 found[key] = verdict
+                if isinstance(verdict, bool):
+                    continue  # no score; `judged` refuses it
                 if isinstance(verdict, int | float) and math.isfinite(verdict):
                     self.scores[key] = float(verdict)
             self._add([key for key, _ in part if key in self.scores])
@@ -203,9 +217,7 @@ def judged(judge: Judge, items: Sequence[Judged]) -> tuple[Float[Tensor, " text"
     Raises:
         DataError: another number of scores than of texts, a negative score, or something that is no score.
     """
-    verdicts = list(judge(items))
-    if len(verdicts) != len(items):
-        raise DataError(f"the judge gave {len(verdicts)} scores for {len(items)} texts; give one each, None for none")
+    verdicts = _verdicts(judge, items)
     scores, reasons = [], dict[str, int]()
     for verdict in verdicts:
         if isinstance(verdict, int | float) and not isinstance(verdict, bool) and math.isfinite(verdict):
@@ -219,6 +231,16 @@ def judged(judge: Judge, items: Sequence[Judged]) -> tuple[Float[Tensor, " text"
         reasons[reason] = reasons.get(reason, 0) + 1
         scores.append(math.nan)
     return torch.tensor(scores), reasons
+
+
+def _verdicts(judge: Judge, items: Sequence[Judged]) -> list[Verdict]:
+    given = judge(items)
+    if not isinstance(given, Iterable):
+        raise DataError(f"the judge gave {type(given).__name__} for {len(items)} texts; expected a list of scores")
+    verdicts = list(given)
+    if len(verdicts) != len(items):
+        raise DataError(f"the judge gave {len(verdicts)} scores for {len(items)} texts; give one each, None for none")
+    return verdicts
 
 
 def harmonic_mean(scores: Float[Tensor, "aspect *cell"]) -> Float[Tensor, "*cell"]:
@@ -245,6 +267,8 @@ def filled(template: str, item: Judged) -> str:
 def _read_scores(path: Path) -> dict[str, float]:
     if not path.exists():
         return {}
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; scores are kept in one file: choose a path such as {path}/x.jsonl")
     scores: dict[str, float] = {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):

@@ -1,5 +1,6 @@
 """`OpenAIJudge`: a model behind an OpenAI-compatible endpoint as a judge, over the standard library's HTTP."""
 
+import http.client
 import json
 import os
 import re
@@ -108,7 +109,7 @@ class OpenAIJudge:
                     ) from None
                 again = err.headers.get("Retry-After", "")
                 wait = float(again) if again.isdigit() else wait
-            except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError):
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ValueError):
                 pass  # no connection, none in time, or an answer that is no JSON
             if attempt < self.retries:
                 time.sleep(min(wait, _LONGEST_WAIT))
@@ -130,6 +131,8 @@ class OpenAIJudge:
             choice = answer["choices"][0]
             message = choice["message"]
             text = message.get("content") or ""
+            if not isinstance(text, str):
+                text = "".join(str(part.get("text", "")) for part in text)  # some endpoints answer in parts
         except (KeyError, IndexError, TypeError, AttributeError):
             return Missing("not parsed")
         if message.get("refusal") or choice.get("finish_reason") == "content_filter":

@@ -280,7 +280,8 @@ def _failed(made: Mapping[str, Tensor], said: Continued, right: float, limits: L
     usual = said.perplexity[0].log().mean().exp()
     grams = said.distinct[0, :, 1].nanmean()
     broken = {
-        "kl": made["kl"] > limits.kl,
+        # A dose so large that the predictions are NaN keeps to no limit.
+        "kl": (made["kl"] > limits.kl) | made["kl"].isnan(),
         "perplexity": made["perplexity"].log().mean(1).exp() > limits.perplexity * usual,
         "repetition": made["distinct"][:, :, 1].nanmean(1) < limits.repetition * grams,
         "questions": right - made["question_accuracy"] > limits.questions,

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from interp.core.errors import ConfigError
+from interp.core.errors import ConfigError, WhereError
 from interp.core.inputs import Inputs
 from interp.core.metrics import Metric
 from interp.core.where import Where
@@ -56,6 +56,7 @@ class SweepOptions:
 
     Raises:
         ConfigError: numbers that cannot be.
+        WhereError: positions that are no `Where`.
     """
 
     metric: str | Metric = "logit_diff"
@@ -79,6 +80,9 @@ class SweepOptions:
             given = getattr(self, name)
             if type(given) is not int or given < least:
                 raise ConfigError(f"SweepOptions({name}={given!r}): expected a whole number ≥ {least}")
+        for name in ("where", "text_where"):
+            if not isinstance(getattr(self, name), Where | None):
+                raise WhereError(f"SweepOptions({name}={getattr(self, name)!r}): expected a Where, as Where(pos=-1)")
         for name, limit in self.limits._asdict().items():
             if not isinstance(limit, int | float) or math.isnan(limit) or limit < 0:
                 raise ConfigError(f"Limits({name}={limit!r}): expected a number ≥ 0; math.inf switches it off")

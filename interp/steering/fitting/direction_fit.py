@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.core.direction import Direction, SiteScale
-from interp.core.errors import ConfigError, SiteError
+from interp.core.errors import ConfigError, DataError, SiteError
 from interp.core.manager import HookManager
 from interp.core.result import Result
 from interp.core.separation import separation
@@ -97,7 +97,7 @@ class DirectionFit(Result):
         figures: of held-out groups: AUROC, balanced accuracy at the training threshold and Cohen's d, each with its
             95 % interval; only the direction has intervals. Random directions have the sign that the training labels
             give them. Shuffled ones keep their own: of pairs they often lie along the concept, either way round.
-        cosines: of the direction with those of other methods, by method.
+        cosines: of the direction with those of other methods, by method; NaN where one cannot be fitted.
         n_train, n_held: examples and groups on either side.
     """
 
@@ -291,7 +291,7 @@ def fit_with_controls(
         kinds.append(f"null {i}")
         figures.append(null)
     table = torch.tensor(figures, dtype=torch.float64)
-    notes = [*found.notes, *_as_good(table, kinds, found.sites, method)]
+    notes = [*found.notes, *_in_both(train, held), *_as_good(table, kinds, found.sites, method)]
     return DirectionFit(
         provenance=found.model,
         name=found.name,
@@ -345,10 +345,23 @@ def _cosines(found: Direction, seen: Mapping[str, Gathered], how: FitOptions, me
     cosines: dict[str, list[float]] = {}
     for other in others:
         for site, examples in seen.items():
-            v = solve(examples, other, torch.Generator().manual_seed(0)).vector.flatten().double()
+            try:
+                v = solve(examples, other, torch.Generator().manual_seed(0)).vector.flatten().double()
+            except DataError:  # too few examples for this one, which was not asked for
+                cosines.setdefault(other, []).append(math.nan)
+                continue
             cosine = torch.cosine_similarity(v, found[site].flatten().double(), dim=0)
             cosines.setdefault(other, []).append(float(cosine))
     return cosines
+
+
+def _in_both(train: ConceptTokens, held: ConceptTokens) -> list[str]:
+    """A note where held-out rows were fitted on as well: the split keeps groups apart, not texts."""
+    known, new = ({tuple(t.ids[i, t.mask[i]].tolist()) for i in range(len(t))} for t in (train.tokens, held.tokens))
+    both = len(known & new)
+    if not both:
+        return []
+    return [f"{both} of {len(new)} held-out texts were fitted on too, in other groups; give equal texts one group"]
 
 
 def _as_good(table: Tensor, kinds: list[str], sites: list[str], method: str) -> list[str]:

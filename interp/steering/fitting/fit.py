@@ -156,7 +156,7 @@ def concept_tokens(
     """Return any form of concept data as tokens with two classes.
 
     Raises:
-        DataError: tokens that have labels already and a rule beside, or more than two classes.
+        DataError: something else, tokens that have labels already and a rule beside, or more than two classes.
     """
     if isinstance(data, ConceptTokens):
         if where is not None:
@@ -165,6 +165,11 @@ def concept_tokens(
             raise DataError(f"{data.name!r} has the classes {', '.join(data.classes)}; choose one with .binary(…)")
         return data
     contrast = Contrast.of_pairs(data) if isinstance(data, PromptPairs) else data
+    if not isinstance(contrast, Contrast):
+        raise DataError(
+            f"data is {type(data).__name__}; give a Contrast (Contrast.make(positive, negative)), PromptPairs or "
+            "ConceptTokens"
+        )
     return contrast.tokens(hm, where=where)
 
 

@@ -68,8 +68,8 @@ def latent_direction(
     Source: Templeton et al. (2024), "Scaling Monosemanticity", and AxBench, arXiv 2501.17148, for the decoder row.
     """
     check_bound(dictionary, hm)
-    if not 0 <= latent < dictionary.cfg.d_sae:
-        raise ConfigError(f"latent={latent}: this dictionary has latents 0 to {dictionary.cfg.d_sae - 1}")
+    if type(latent) is not int or not 0 <= latent < dictionary.cfg.d_sae:
+        raise ConfigError(f"latent={latent!r}: this dictionary has latents 0 to {dictionary.cfg.d_sae - 1}")
     place = _site(dictionary, site, written=True)
     row = _row(hm, dictionary, latent, place)
     space = dictionary.target_space

@@ -48,11 +48,14 @@ def fit_refusal(
         name: of the behaviour.
 
     Raises:
-        DataError: no instructions, one that is to fit on and to choose on, or a text of several tokens.
+        DataError: no instructions, one that is to fit on and to choose on, one text where a list of tokens is expected,
+            or a text of several tokens.
 
     Source: Arditi et al., "Refusal in Language Models Is Mediated by a Single Direction", arXiv 2406.11717, §2.3.
     """
     how = SelectOptions() if options is None else options
+    if isinstance(refuses, str):
+        raise DataError(f"refuses={refuses!r} would be read letter by letter; give a list of tokens, [{refuses!r}]")
     both = sorted(set(harmful) & set(harmful_val) | set(harmless) & set(harmless_val))
     if both:
         raise DataError(

@@ -210,9 +210,9 @@ def select_direction(
     sites, vectors = _candidates(hm, candidates)
     if labels and len(labels) != len(candidates):
         raise ShapeError(f"{len(labels)} labels for {len(candidates)} candidates; give one each")
-    base = hm.run(absent, logits="last").logits[:, 0].float().log_softmax(-1)
-    with_it = _scored(score, hm.run(present, logits="last").logits[:, 0])
-    without = _scored(score, base)
+    plain_logits = hm.run(absent, logits="last").logits[:, 0]
+    with_it, without = _scored(score, hm.run(present, logits="last").logits[:, 0]), _scored(score, plain_logits)
+    base = plain_logits.float().log_softmax(-1)
     bypass, induce, kl = [], [], []
     per = max(1, how.rows // max(len(present), len(absent)))
     from tqdm.auto import tqdm
@@ -275,8 +275,12 @@ def token_log_odds(tokens: Sequence[int]) -> Score:
     ids = torch.tensor(sorted(set(tokens)))
     if not len(ids):
         raise DataError("token_log_odds was given no tokens; give the ids that answers with the behaviour begin with")
+    if ids.is_floating_point() or ids.dtype == torch.bool or int(ids[0]) < 0:
+        raise DataError(f"token_log_odds({list(tokens)!r}): expected ids of tokens, whole numbers ≥ 0")
 
     def score(logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
+        if int(ids[-1]) >= logits.shape[-1]:
+            raise DataError(f"token {int(ids[-1])} is not in this vocabulary of {logits.shape[-1]} tokens")
         inside = torch.zeros(logits.shape[-1], dtype=torch.bool)
         inside[ids] = True
         inside, wide = inside.to(logits.device), logits.double()
