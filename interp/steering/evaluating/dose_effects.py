@@ -153,7 +153,9 @@ class TextMeasure:
             change.index_add_(0, block.doses, difference)
             total.index_add_(0, block.doses, counts.sum(1).double().cpu())
             if self.metric is not None and effect is not None:
-                now, plain = (_metric_of(self.metric, answer_logits(x, mask=part.mask), block.rows) for x in (steered, base))
+                now, plain = (
+                    _metric_of(self.metric, answer_logits(x, mask=part.mask), block.rows) for x in (steered, base)
+                )
                 effect[block.doses, block.rows] = now - plain
             counted = self.counted[block.rows]
             for dose in block.doses.unique().tolist():
