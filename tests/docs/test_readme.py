@@ -133,6 +133,7 @@ def test_a_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
     from interp.cli.circuit import CircuitConfig
     from interp.cli.patch import PatchConfig
     from interp.cli.probe import ProbeConfig
+    from interp.cli.steer import SteerConfig
     from interp.train.build_testbed import BuildConfig
     from interp.train.config import TrainConfig
 
@@ -141,7 +142,7 @@ def test_a_shipped_config_parses_and_opens_with_its_command(path: Path) -> None:
     kind: dict[str, type[BaseModel]] = {"interp train": TrainConfig, "interp testbed rebuild": BuildConfig}
     kind |= {"interp capture": CaptureConfig, "interp patch": PatchConfig}
     kind |= {"interp attribute": AttributeConfig, "interp circuit": CircuitConfig}
-    kind |= {"interp probe": ProbeConfig}
+    kind |= {"interp probe": ProbeConfig, "interp steer": SteerConfig}
     commands = [command for command in kind if command in opening.splitlines()[0]]
     assert len(commands) == 1, "a config opens with the command that runs it"
     assert re.search(r"minute|hour", opening), "and says how long it takes"
