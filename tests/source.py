@@ -30,7 +30,12 @@ def dotted(path: Path) -> str:
 
 def imports(path: Path, *, inside_functions: bool = True) -> Iterator[tuple[int, str]]:
     """Yield the line and name of all a file imports, `import_module("…")` included, TYPE_CHECKING left out."""
-    yield from _imports(tree(path), inside_functions)
+    yield from _found(path, inside_functions)
+
+
+@cache
+def _found(path: Path, inside_functions: bool) -> tuple[tuple[int, str], ...]:
+    return tuple(_imports(tree(path), inside_functions))
 
 
 def _imports(node: ast.AST, inside_functions: bool) -> Iterator[tuple[int, str]]:
@@ -46,12 +51,17 @@ def _imports(node: ast.AST, inside_functions: bool) -> Iterator[tuple[int, str]]
     if isinstance(node, ast.ImportFrom) and node.module:
         for alias in node.names:
             yield node.lineno, f"{node.module}.{alias.name}"
-    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+    if isinstance(node, ast.Call) and called(node).endswith("import_module") and node.args:
         name = node.args[0]
         if isinstance(name, ast.Constant) and isinstance(name.value, str):
             yield node.lineno, name.value
     for child in ast.iter_child_nodes(node):
         yield from _imports(child, inside_functions)
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what a call calls: `c` of `a.b.c()`, nothing of a call of an expression."""
+    return getattr(node.func, "attr", "") or getattr(node.func, "id", "")
 
 
 def exported(path: Path) -> list[str] | None:

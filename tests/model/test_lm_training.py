@@ -454,6 +454,7 @@ def kill_loop(folder: Path) -> None:
         assert os.WIFSIGNALED(status) == (kills < 3) and (status == 0) == (kills == 3), status
 
 
+@pytest.mark.slow
 def test_killed_processes_leave_what_another_goes_on_from_to_the_bytes_of_one_that_was_left_alone(
     tmp_path: Path,
 ) -> None:

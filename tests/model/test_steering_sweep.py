@@ -131,6 +131,26 @@ def test_doses_as_rows_are_the_doses_one_by_one(testbed: HookManager) -> None:
         torch.testing.assert_close(rows.base + rows.effect[2], plain, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_answers_of_the_forwards_of_the_kl_are_those_of_forwards_of_their_own(
+    testbed: HookManager, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = task_pairs("sentiment", 5).tokens(testbed, same_length=False)
+    assert not bool(pairs.clean.mask.all())
+    direction = by_hand(testbed, 3 * torch.randn(testbed.d_model), site="1.resid_post")
+    found, forwards = [], []
+    plain = HookManager.run
+    for text in (None, pairs.clean):
+        calls: list[Any] = []
+        monkeypatch.setattr(HookManager, "run", lambda *a, calls=calls, **k: (calls.append(k), plain(*a, **k))[1])
+        options = replace(BARE, text=text, batch_size=batch_size)
+        found.append(steering_sweep(testbed, direction, pairs, doses=[-2.0, 0.0, 1.0], options=options))
+        forwards.append(len(calls))
+    for name in ("base", "effect", "kl", "loss_change"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(found[1], name), atol=1e-6, rtol=1e-6)
+    assert forwards[0] < forwards[1] and (found[0].effect[1] == 0).all() and (found[0].effect[2] != 0).all()
+
+
 def test_every_prompt_meets_every_dose_once() -> None:
     for n_rows, n_doses, at_once in ((3, 7, 64), (5, 4, 11), (9, 2, 4), (1, 1, 1)):
         met = [p for b in blocks(n_rows, n_doses, at_once) for p in zip(b.rows.tolist(), b.doses.tolist(), strict=True)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.core.direction import Steers
@@ -96,27 +96,38 @@ class AnswerMeasure:
 
     def _values(self, block: Block, edits: Sequence[Any]) -> Tensor:
         logits = answer_logits(self.hm.run(self.tokens.take(block.rows), write=edits, logits="last"))
-        if self.metric.columns is not None:
-            logits = logits.index_select(1, self.metric.columns.to(logits.device))
-        return self.metric.of(logits, block.rows.to(logits.device)).detach().float().cpu()
+        return _metric_of(self.metric, logits, block.rows)
+
+
+def _metric_of(metric: Metric, logits: Float[Tensor, "r d_vocab"], rows: Int[Tensor, " r"]) -> Float[Tensor, " r"]:
+    """The metric of examples that stand in other rows."""
+    if metric.columns is not None:
+        logits = logits.index_select(1, metric.columns.to(logits.device))
+    return metric.of(logits, rows.to(logits.device)).detach().float().cpu()
 
 
 class OnText(NamedTuple):
-    """What doses do to predictions on a text: the KL from the unsteered ones at each token, in nats, and the loss."""
+    """What doses do to predictions on a text: the KL from the unsteered ones at each token, in nats, and the loss.
+
+    Where the text is the prompts themselves, `effect` is the change of their metric, of the same forwards.
+    """
 
     kl: Float[Tensor, "dose token"]
     loss_change: Float[Tensor, " dose"]
+    effect: Float[Tensor, "dose sample"] | None = None
 
 
 class TextMeasure:
-    """KL to the unsteered model, and the change of the loss, on a text.
+    """KL to the unsteered model, and the change of the loss, on a text; with a metric, also what `AnswerMeasure` gives.
 
     Memory: the logits of a forward, 4 · rows · pos · d_vocab bytes, four times over, with as many rows as keep that
     below 256 MB; and up to 256 MB of unsteered logits that are kept.
     """
 
-    def __init__(self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int) -> None:
-        self.hm, self.tokens, self.where = hm, tokens, where
+    def __init__(
+        self, hm: HookManager, tokens: Tokens, *, where: Where | None, batch_size: int, metric: Metric | None = None
+    ) -> None:
+        self.hm, self.tokens, self.where, self.metric = hm, tokens, where, metric
         self.size = rows_within(hm, tokens.ids.shape[1], batch_size)
         counted = tokens.mask & ~hm.special_mask(tokens.ids)
         self.counted = counted if bool(counted.any()) else tokens.mask
@@ -128,6 +139,7 @@ class TextMeasure:
         n, k = len(self.tokens), len(doses.values)
         kl: list[list[Tensor]] = [[] for _ in range(k)]
         change, total = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
+        effect = None if self.metric is None else torch.full((k, n), math.nan)
         for block in blocks_for(steers, n, k, self.size):
             part = self.tokens.take(block.rows)
             base = self._base(block, part)
@@ -140,11 +152,16 @@ class TextMeasure:
             difference = (after.double() - before.double()).sum(1).cpu()
             change.index_add_(0, block.doses, difference)
             total.index_add_(0, block.doses, counts.sum(1).double().cpu())
+            if self.metric is not None and effect is not None:
+                now, plain = (
+                    _metric_of(self.metric, answer_logits(x, mask=part.mask), block.rows) for x in (steered, base)
+                )
+                effect[block.doses, block.rows] = now - plain
             counted = self.counted[block.rows]
             for dose in block.doses.unique().tolist():
                 at = block.doses == dose
                 kl[dose].append(found[at][counted[at]])
-        return OnText(torch.stack([torch.cat(parts) for parts in kl]), (change / total).float())
+        return OnText(torch.stack([torch.cat(parts) for parts in kl]), (change / total).float(), effect)
 
     def _base(self, block: Block, part: Tokens) -> Tensor:
         key = (int(block.rows[0]), len(block.rows))

@@ -141,11 +141,15 @@ class _Job:
     def measure(self, line: Line) -> _Found:
         """Everything of one line."""
         k = len(line.doses.values)
-        effect = torch.zeros(k, 0) if self.answers is None else self.answers(line.steers, line.doses)
+        on_text = self.on_text(line.steers, line.doses)
+        if on_text.effect is not None:
+            effect = on_text.effect
+        else:
+            effect = torch.zeros(k, 0) if self.answers is None else self.answers(line.steers, line.doses)
         accuracy = torch.full((k,), math.nan)
         if self.questions is not None:
             accuracy = ((self.questions.base + self.questions(line.steers, line.doses)) > 0).float().mean(1)
-        return _Found(effect, self.on_text(line.steers, line.doses), self._continued(line.steers, line.doses), accuracy)
+        return _Found(effect, on_text, self._continued(line.steers, line.doses), accuracy)
 
     def _continued(self, steers: Steers | None, doses: Doses) -> Continued:
         k, options = len(doses.values), self.options
@@ -179,6 +183,8 @@ def _job(hm: HookManager, prompts: Any, options: SweepOptions) -> _Job:
     answers = None
     if metric is not None:
         answers = AnswerMeasure(hm, tokens, metric, where=options.where, batch_size=size)
+    # Where the text is the prompts, steered at the same places, the forwards of the KL hold the answers too.
+    together = metric if options.text is None and options.text_where is options.where else None
     questions = None
     if options.questions is not None:
         asked = _pair_tokens(hm, options.questions)
@@ -193,7 +199,7 @@ def _job(hm: HookManager, prompts: Any, options: SweepOptions) -> _Job:
         start_texts=start_texts,
         start_where=start_where,
         answers=answers,
-        on_text=TextMeasure(hm, text, where=options.text_where, batch_size=size),
+        on_text=TextMeasure(hm, text, where=options.text_where, batch_size=size, metric=together),
         questions=questions,
         options=options,
         notes=tuple(hm.notes_for(tokens)),
