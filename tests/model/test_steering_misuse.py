@@ -188,8 +188,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     claims = tmp_path / "claims_layer_1.pt"
     torch.save(torch.zeros(1).expand(10**12), claims)  # a few bytes that say they are 4 TB
     calls: list[tuple[type[InterpError], str, Any]] = [
-        (SiteError, "no value at each token", lambda: gather(HM, DATA.tokens(HM), "0.pattern")),
-        (SiteError, "no value at each token", lambda: gather(HM, DATA.tokens(HM), Site(SITE).at(pos=0))),
+        (SiteError, "vector of its own", lambda: gather(HM, DATA.tokens(HM), "0.pattern")),
+        (SiteError, "vector of its own", lambda: gather(HM, DATA.tokens(HM), Site(SITE).at(pos=0))),
         (DataError, "give a Contrast", lambda: fit_direction(HM, [GOOD, BAD], SITE)),  # type: ignore[arg-type]
         (DataError, "NoneType", lambda: Contrast.make([wrong], ["w1"])),
         (DataError, "got NoneType", lambda: Contrast.make(wrong, ["w1"])),
