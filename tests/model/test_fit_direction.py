@@ -182,6 +182,21 @@ def test_labels_that_leave_no_difference_do_not_end_the_fit() -> None:
         fit_direction(HM, Contrast.make(["w1 w5", "w2 w5"], ["w3 w5", "w4 w5"]), "0.resid_pre")
 
 
+def test_a_site_where_all_texts_look_alike_is_left_out_and_named() -> None:
+    """Every text ends in one token, so the embeddings at the last position are equal."""
+    positive = [f"w{i} w5 w2" for i in range(10, 18)]
+    data = Contrast.make(positive, [text.replace("w5", "w6") for text in positive])
+    found = fit_direction(HM, data, ["0.resid_pre", "1.resid_post"])
+    assert found.sites == ["1.resid_post"] and "left out: 0.resid_pre" in found.notes[0]
+    torch.testing.assert_close(found["1.resid_post"], fit_direction(HM, data, "1.resid_post")["1.resid_post"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a random model: controls do as well
+        judged = fit_with_controls(HM, data, ["0.resid_pre", "1.resid_post"], n_controls=1)
+    assert judged.sites == ["1.resid_post"] and any("left out: 0.resid_pre" in note for note in judged.notes)
+    with pytest.raises(DataError, match=r"0\.resid_pre: the two classes have the same mean"):
+        fit_direction(HM, data, "0.resid_pre")
+
+
 def test_words_that_mean_nothing_give_a_warning_that_controls_do_as_well() -> None:
     draw = torch.Generator().manual_seed(4)
     sides = [

@@ -16,10 +16,13 @@ from interp.core.where import Where
 from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import gather
+from interp.steering.evaluating.sweep import steering_sweep
+from interp.steering.evaluating.sweep_options import SweepOptions
 from interp.steering.trained.transport import Transport, fit_transport
 from interp.testbed.nano import NanoOptions, nano
 from interp.testbed.tasks import task_pairs
 from interp.testbed.text import Text
+from tests.families import manager
 
 N, D = 40, 6
 CHAIN = ["0.resid_post", "1.resid_post"]
@@ -210,3 +213,15 @@ def test_generation_is_steered_the_same_with_and_without_a_cache(testbed: HookMa
     where = Where.last_prompt() | Where.generated()
     only = testbed.generate(prompts, max_new_tokens=6, write=maps.as_interventions(where=where)).tokens
     assert only is not None and torch.equal(only[:, :3], texts[0][:, :3])
+
+
+def test_several_strengths_are_rows_of_one_forward() -> None:
+    hm = manager("Llama")
+    data = Contrast.make(["w1 w5 w2", "w3 w5 w4"], ["w1 w6 w2", "w3 w6 w4"]).tokens(hm, where=Where())
+    maps, prompts = fit_transport(hm, data, "1.resid_post"), ["w1 w6 w2 w7", "w3 w6"]
+    options = SweepOptions(n_generated=0, progress=False)
+    together = steering_sweep(hm, maps, prompts, doses=[0.0, 0.5, 1.0], options=options)
+    for i, dose in enumerate((0.0, 0.5, 1.0)):
+        alone = steering_sweep(hm, maps, prompts, doses=[dose], options=options)
+        torch.testing.assert_close(together.kl[i : i + 1], alone.kl, atol=1e-6, rtol=1e-5)
+    assert float(together.kl[0]) == 0 and 0 < float(together.kl[1]) < float(together.kl[2])

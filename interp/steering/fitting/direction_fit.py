@@ -23,7 +23,7 @@ from interp.data.concept_tokens import ConceptTokens
 from interp.data.contrast import Contrast
 from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
-from interp.steering.fitting.fit import check_method, concept_tokens, direction_of, relabelled
+from interp.steering.fitting.fit import check_method, concept_tokens, direction_of, relabelled, telling
 from interp.steering.fitting.methods import METHODS, PAIRED, solve
 
 if TYPE_CHECKING:
@@ -270,7 +270,8 @@ def fit_with_controls(
     for part in (train, held):
         check_method(method, part)
     seen = gather(hm, train, sites, pool=how.pool, batch_size=how.batch_size)
-    unseen = gather(hm, held, sites, pool=how.pool, batch_size=how.batch_size)
+    train, seen = telling(train, seen)
+    unseen = gather(hm, held, list(seen), pool=how.pool, batch_size=how.batch_size)
     found = direction_of(hm, train, seen, method=method, where=where, pool=how.pool, seed=seed)
     vectors = {_OURS: dict(found.vectors)}
     kinds, figures = [_OURS], [[_judged(seen[s], unseen[s], v, how, seed) for s, v in found.vectors.items()]]

@@ -21,7 +21,7 @@ from interp.data.gather import Gathered, gather
 from interp.data.pairs import PromptPairs
 from interp.steering.fitting.methods import METHODS, OF_VARIANCE, PAIRED, solve
 
-__all__ = ["METHODS", "check_method", "concept_tokens", "direction_of", "fit_direction", "relabelled"]
+__all__ = ["METHODS", "check_method", "concept_tokens", "direction_of", "fit_direction", "relabelled", "telling"]
 
 # Below this cosine with the difference of means a component of variance is about something else.
 _ASTRAY = 0.5
@@ -74,7 +74,27 @@ def fit_direction(
     tokens = concept_tokens(hm, data, where=where)
     check_method(method, tokens)
     held = gather(hm, tokens, sites, pool=pool, batch_size=batch_size)
+    tokens, held = telling(tokens, held)
     return direction_of(hm, tokens, held, method=method, where=where, pool=pool, seed=seed)
+
+
+def telling(tokens: ConceptTokens, held: Mapping[str, Gathered]) -> tuple[ConceptTokens, Mapping[str, Gathered]]:
+    """Return the sites where the two classes differ, with a note in the data on those that are left out.
+
+    Before the first attention every text that ends in one token looks alike there; that need not stop the other sites.
+    Where no site tells them apart all are returned, and the fit says what is wrong.
+
+    Args:
+        tokens: the data.
+        held: its examples, by site.
+    """
+    alike = [
+        s for s, e in held.items() if bool((e.of_class(1).double().mean(0) == e.of_class(0).double().mean(0)).all())
+    ]
+    if not alike or len(alike) == len(held):
+        return tokens, held
+    note = f"left out: {', '.join(alike)}, where both classes have one mean activation"
+    return replace(tokens, notes=(*tokens.notes, note)), {s: e for s, e in held.items() if s not in alike}
 
 
 def direction_of(

@@ -55,6 +55,7 @@ class FunctionVector(Result):
     """
 
     title: ClassVar[str] = "Function vector"
+    dose_per_row: ClassVar[bool] = True
     task: str
     heads: list[tuple[int, int]]
     parts: Float[Tensor, "part d_model"]

@@ -51,6 +51,7 @@ class Transport(Result):
     """
 
     title: ClassVar[str] = "Activation transport"
+    dose_per_row: ClassVar[bool] = True
     kind: str
     incremental: bool
     factor: dict[str, Tensor]
