@@ -17,7 +17,6 @@ steering_aie.py.
 
 import argparse
 import contextlib
-import importlib
 import json
 import sys
 import time
@@ -27,6 +26,7 @@ import torch
 from engine import SEED  # sets the number of threads, so before torch
 from figures import Found, interleaved, machine_and_versions, ratios_of
 from patching import model
+from steering_aie import figures as aie_figures
 
 LEAST = 0.95
 PROMPT, NEW = 16, 64
@@ -97,7 +97,7 @@ def main() -> None:
             if name == "steered_generate":
                 found = generation_figures(5 if options.quick else 6, (1,) if options.quick else (1, 8))
             else:
-                found = importlib.import_module("steering_aie").aie_figures(quick=options.quick)
+                found = aie_figures(quick=options.quick)
         figures |= found.figures
         print("\n" + "\n".join(found.lines), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
